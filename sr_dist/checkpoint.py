@@ -1,0 +1,243 @@
+"""Checkpoints that appear whole or not at all, and the files that hold a generator.
+
+`checkpoints/step-00001000/` holds safetensors of the weights, `training.pt` with what else a run
+needs to go on, and `meta.json` with the hash of each file; `meta.json` is written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sr_dist import models
+from sr_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+META = "meta.json"
+TRAINING = "training.pt"
+EXTRA = "sr_dist"  # the key that our .pth.tar files carry beside "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files were found to be what its `meta.json` says."""
+
+    folder: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.meta["step"])
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The state dict of `generator`, `discriminator` or `ema`."""
+        return safetensors.torch.load_file(self.folder / f"{name}.safetensors")
+
+    def has(self, name: str) -> bool:
+        return f"{name}.safetensors" in self.meta["sha256"]
+
+    def training(self) -> dict[str, Any]:
+        values: dict[str, Any] = torch.load(
+            self.folder / TRAINING, map_location="cpu", weights_only=True
+        )
+        return values
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    weights: Mapping[str, nn.Module],
+    training: dict[str, Any],
+    meta: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-N` and then remove all but the `keep` newest. For rank 0 alone.
+
+    `weights`: modules by file name. `training`: tensors and plain numbers. `meta`: what `meta.json`
+    shall say beside the step and the hashes.
+    """
+    target = folder / f"step-{step:08d}"
+    partial = target.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, module in weights.items():
+        safetensors.torch.save_file(
+            _contiguous(module.state_dict()), partial / f"{name}.safetensors"
+        )
+    torch.save(training, partial / TRAINING)
+    hashes = {path.name: _sync_and_hash(path) for path in sorted(partial.iterdir())}
+    text = json.dumps({"step": step, **meta, "sha256": hashes}, indent=1) + "\n"
+    (partial / META).write_text(text, encoding="utf-8")
+    _sync_and_hash(partial / META)
+    _sync_folder(partial)
+    shutil.rmtree(target, ignore_errors=True)  # of a stopped run that passed here before
+    os.replace(partial, target)
+    _sync_folder(folder)
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def find_newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint below `folder`; those passed over are logged with the reason."""
+    for candidate in _folders(folder):
+        try:
+            return verify(candidate)
+        except UserError as error:
+            log.warning("passed over a checkpoint: %s", error)
+    return None
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Read `meta.json` and compare every file with its hash.
+
+    Raises:
+        UserError: a file is missing or altered.
+    """
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        hashes = meta["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no whole checkpoint: {META}: {error}") from None
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder} is no whole checkpoint: {name} is missing")
+        if _hash(path) != expected:
+            raise UserError(f"{folder} is no whole checkpoint: {name} is not what was saved")
+    return Checkpoint(folder, meta)
+
+
+def save_published(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
+    """Write `{"model": state_dict}`, the format of the published checkpoints.
+
+    `description` (the arguments of `models.build_generator`) lies beside it under a key of its own,
+    which readers of the published format do not look at.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    torch.save({"model": _contiguous(module.state_dict()), EXTRA: description}, partial)
+    os.replace(partial, path)
+
+
+def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A generator in evaluation mode and its description, from any of the files that hold one.
+
+    `path`: a run's folder or one of its checkpoints (the averaged weights where there are some), or
+    a `.pth.tar` in the published format, ours or another's.
+
+    Raises:
+        UserError: there is none, or its weights do not fit.
+    """
+    if path.is_dir():
+        checkpoint = _checkpoint_in(path)
+        description = checkpoint.meta["generator"]
+        state = checkpoint.weights("ema" if checkpoint.has("ema") else "generator")
+    elif path.is_file():
+        state, description = _read_published(path)
+    else:
+        raise UserError(
+            f"{path} does not exist; expected a run's folder, a checkpoint's, or a .pth.tar file"
+        )
+    generator = models.build_generator(**description)
+    load_weights(generator, state, str(path))
+    return generator.eval(), description
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """`module.load_state_dict`, strictly.
+
+    Raises:
+        UserError: naming the first key that is missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    for key in [*own, *(key for key in state if key not in own)]:
+        if key not in state:
+            raise UserError(f"{where}: weights lack {key}; they are of another model")
+        if key not in own:
+            raise UserError(f"{where}: weights hold {key}, which the model does not have")
+        if state[key].shape != own[key].shape:
+            raise UserError(
+                f"{where}: {key} has shape {tuple(state[key].shape)}, the model's has "
+                f"{tuple(own[key].shape)}; the weights are of another width, depth or scale"
+            )
+    module.load_state_dict(state)
+
+
+def _checkpoint_in(path: Path) -> Checkpoint:
+    if (path / META).exists():
+        return verify(path)
+    found = find_newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if found is None:
+        raise UserError(
+            f"{path} holds no whole checkpoint; expected a run's folder or a checkpoint's"
+        )
+    return found
+
+
+def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises whatever the bytes provoke
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no checkpoint that can be read: {reason}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise UserError(f'{path} is no generator: expected {{"model": state_dict}}')
+    state = values["model"]
+    try:
+        description = values.get(EXTRA) or models.infer_generator(state)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if "head" in description:
+        raise UserError(f"{path} holds a discriminator; expected a generator (netG_…)")
+    return state, description
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoints, newest first by number."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _hash(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,182 @@
+"""Gather pictures into a folder, and divide them into training and validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sr_dist import images, shards
+from sr_dist.errors import UserError
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what, total) → items
+
+# In scikit-image's folder, but a colour chart, and the other half of a stereo pair: a network that
+# trained on one half has seen most of the other.
+_NOT_SAMPLED = ("color.png", "motorcycle_right.png")
+_LEAST_SIDE = 256
+_LEAST_COLOURS = 10_000  # photographs have more, drawings and renderings of data fewer
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    copied: int
+    present: int  # in the output folder already
+    duplicates: int
+    rejects: list[tuple[str, str]]  # (path, reason)
+
+
+def find_sample_photographs() -> list[Path]:
+    """The colour photographs that ship inside the installed scikit-image package.
+
+    Raises:
+        UserError: scikit-image is not installed, or holds none.
+    """
+    found = importlib.util.find_spec("skimage")
+    if found is None or found.origin is None:
+        raise UserError(
+            "the sample photographs ship inside scikit-image, which is not installed: "
+            "pip install 'sr_dist[sample]'"
+        )
+    folder = Path(found.origin).parent / "data"
+    chosen = [path for path in images.find(folder) if _is_sample_photograph(path)]
+    if not chosen:
+        raise UserError(f"{folder} holds no colour photographs; install another scikit-image")
+    return chosen
+
+
+def _is_sample_photograph(path: Path) -> bool:
+    if path.name in _NOT_SAMPLED:
+        return False
+    try:
+        with Image.open(path) as image:
+            if image.mode != "RGB" or min(image.size) < _LEAST_SIDE:
+                return False
+        picture = images.decode(path, 3)
+    except (OSError, images.PictureError):
+        return False
+    return len(np.unique(picture.reshape(-1, 3), axis=0)) >= _LEAST_COLOURS
+
+
+def find_pictures(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """(path, relative target) of the pictures in folders and files, nested ones included.
+
+    Raises:
+        UserError: an input is missing or holds no picture.
+    """
+    found: list[tuple[Path, Path]] = []
+    for given in inputs:
+        if given.is_file():
+            found.append((given, Path(given.name)))
+        elif given.is_dir():
+            inside = [(path, path.relative_to(given)) for path in images.find(given)]
+            if not inside:
+                raise UserError(f"{given} holds no pictures ({', '.join(images.SUFFIXES)})")
+            found += inside
+        else:
+            raise UserError(f"{given} does not exist; expected a folder of pictures or a picture")
+    return found
+
+
+def collect(
+    pictures: Sequence[tuple[Path, Path]],
+    output: Path,
+    progress: Progress = lambda items, what, total: items,
+) -> Collected:
+    """Copy pictures into `output`, each decoded once, exact duplicates (same bytes) dropped.
+
+    `pictures`: (path, target relative to `output`). Where two different pictures claim one target,
+    the later gets part of its hash in its name. Running again copies only what is not there.
+    """
+    seen: dict[str, str] = {}  # sha256 of what lies in output → name
+    for path in images.find(output) if output.is_dir() else []:
+        seen[_hash(path)] = path.relative_to(output).as_posix()
+    earlier = set(seen)
+    copied = present = duplicates = 0
+    rejects: list[tuple[str, str]] = []
+    for path, relative in progress(pictures, "collecting", len(pictures)):
+        try:
+            images.decode(path, 3)
+            digest = _hash(path)
+        except images.PictureError as error:
+            rejects.append((str(path), str(error)))
+            continue
+        except OSError as error:
+            rejects.append((str(path), f"cannot be read: {error.strerror}"))
+            continue
+        if digest in seen:
+            present += digest in earlier
+            duplicates += digest not in earlier
+            continue
+        target = output / relative
+        if target.exists():
+            target = target.with_name(f"{target.stem}-{digest[:8]}{target.suffix}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.part")
+        shutil.copyfile(path, partial)
+        os.replace(partial, target)
+        seen[digest] = relative.as_posix()
+        copied += 1
+    if not seen:
+        first = f"{rejects[0][0]} {rejects[0][1]}"
+        raise UserError(f"none of {len(pictures)} pictures can be used; first: {first}")
+    return Collected(copied, present, duplicates, rejects)
+
+
+def split(folder: Path, val_fraction: float) -> tuple[list[str], list[str]]:
+    """Write `train.txt` and `val.txt` into `folder`, and return what they list.
+
+    A picture belongs where the hash of its bytes says, whatever else is there; one that an earlier
+    run listed stays where it is. Neither list is ever empty.
+
+    Raises:
+        UserError: fewer than two pictures, or a fraction that is not between 0 and 1.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val-fraction: expected a number between 0 and 1, found {val_fraction}")
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} does not exist; gather pictures with tools/make_dataset.py first"
+        )
+    paths = images.find(folder)
+    if len(paths) < 2:
+        raise UserError(
+            f"{folder} holds {len(paths)} picture(s); two are needed, one for each side"
+        )
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    shares = {
+        name: int(_hash(path)[:12], 16) / 16**12 for name, path in zip(names, paths, strict=True)
+    }
+    earlier = {side: set(_read_list(folder / f"{side}.txt")) for side in ("train", "val")}
+    validation = {
+        name
+        for name in names
+        if name in earlier["val"] or (name not in earlier["train"] and shares[name] < val_fraction)
+    }
+    # A small folder may hash to one side alone; the nearest picture then crosses over.
+    by_share = sorted(names, key=lambda name: (shares[name], name))
+    if not validation:
+        validation = {by_share[0]}
+    if len(validation) == len(names):
+        validation.remove(by_share[-1])
+    sides = ([name for name in names if name not in validation], sorted(validation))
+    for side, listed in zip(("train", "val"), sides, strict=True):
+        partial = folder / f".{side}.txt.part"
+        partial.write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
+        os.replace(partial, folder / f"{side}.txt")
+    return sides
+
+
+def _hash(path: Path) -> str:
+    return shards.sha256_of_file(str(path))[0]
+
+
+def _read_list(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

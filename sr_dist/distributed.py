@@ -1,0 +1,121 @@
+"""Everything that concerns several processes; the only importer of accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from sr_dist.errors import UserError
+
+# Ranks that wait while rank 0 evaluates must outlast it.
+_TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes of this run, seen from one of them."""
+
+    accelerator: Accelerator
+    rank: int
+    world_size: int
+    device: torch.device
+    mixed_precision: str  # no, bf16 or fp16
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The module in DistributedDataParallel and autocast; the optimiser behind the scaler."""
+        return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return self.accelerator.autocast()  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The state of the gradient scaler; empty without fp16."""
+        return dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        if self.accelerator.scaler and state:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, the same on all of them."""
+        if self.world_size > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+    def average_buffers(self, *modules: nn.Module) -> None:
+        """Give all ranks the mean of their floating-point buffers: BatchNorm's statistics."""
+        if self.world_size == 1:
+            return
+        buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        if not buffers:
+            return
+        joined = self.sum(torch.cat([b.flatten() for b in buffers])) / self.world_size
+        parts = torch.split(joined, [b.numel() for b in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def wait(self) -> None:
+        """Return when every rank is here."""
+        self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        self.accelerator.end_training()
+
+
+def launched_world_size() -> int:
+    """The number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(mixed_precision: str | None, seed: int) -> Processes:
+    """Join the processes that `accelerate launch` (or torchrun) started, or be the only one.
+
+    `mixed_precision`: no, bf16, fp16, or None for what accelerate launch was told.
+
+    Raises:
+        UserError: fp16 without a GPU; accelerate would compute in fp32 and not say so.
+    """
+    on_cpu = not torch.cuda.is_available()
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if on_cpu and (mixed_precision or told) == "fp16":
+        raise UserError("mixed precision fp16 needs a GPU, and none is here; use bf16 or no")
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[
+            # BatchNorm's buffers are averaged before they are used, not sent at every forward.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_TIMEOUT),
+        ],
+    )
+    if not on_cpu:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    # All ranks build the same weights; nothing in a step draws from this generator.
+    torch.manual_seed(seed)
+    return Processes(
+        accelerator=accelerator,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        mixed_precision=str(accelerator.mixed_precision),
+    )

@@ -1,0 +1,223 @@
+"""Pixel conventions: decode, encode, value range, colour, crop and the one downscale.
+
+A picture on the CPU is a numpy array (H, W, C) uint8, RGB or one-channel gray. A batch is a tensor
+(N, C, H, W), uint8 in [0, 255] until it reaches the device, float32 in [0, 1] there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+Picture = npt.NDArray[np.uint8]  # (H, W, C)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+CLASSICAL_METHODS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; the message is the reason, without the file's name."""
+
+
+def find(folder: Path) -> list[Path]:
+    """Files below `folder` whose names end as pictures do, sorted; hidden files left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def read_size(source: bytes | Path) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, from the header alone.
+
+    Raises:
+        PictureError: the header cannot be read, or the picture is of a kind that is refused.
+    """
+    with _open(source) as image:
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) in _TRANSPOSING_ORIENTATIONS:
+            width, height = height, width
+    return height, width
+
+
+def decode(source: bytes | Path, channels: int) -> Picture:
+    """Decode to (H, W, `channels`) uint8, EXIF orientation applied.
+
+    Alpha is composited on white, palettes are expanded, CMYK and other colour spaces become RGB;
+    for one channel, colour becomes BT.601 luma. 16-bit and floating-point pictures are refused
+    rather than clipped, as are animations and multi-page files.
+
+    Raises:
+        PictureError: the bytes are no whole picture, or of a kind that is refused.
+    """
+    with _open(source) as image:
+        try:
+            image.load()
+        except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
+            raise PictureError(f"cannot be decoded: {error}") from error
+        return to_array(image, channels)
+
+
+def decode_with_alpha(source: bytes | Path) -> tuple[Picture, Picture | None]:
+    """Decode to its own number of channels, 1 or 3, and the alpha channel (H, W, 1) if any.
+
+    The colour below transparent places is kept as stored, not composited.
+    """
+    with _open(source) as image:
+        try:
+            image.load()
+        except Exception as error:
+            raise PictureError(f"cannot be decoded: {error}") from error
+        image = ImageOps.exif_transpose(image)
+        gray = image.mode in ("1", "L", "LA")
+        if not image.has_transparency_data:
+            return to_array(image, 1 if gray else 3), None
+        pixels = np.asarray(image.convert("LA" if gray else "RGBA"))
+        return pixels[..., :-1].copy(), pixels[..., -1:].copy()
+
+
+def to_array(image: Image.Image, channels: int) -> Picture:
+    """An opened Pillow image as (H, W, `channels`) uint8; see `decode` for what becomes of what."""
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        colour = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
+    mode = "RGB" if channels == 3 else "L"
+    if image.mode != mode:
+        image = image.convert("RGB").convert(mode)
+    pixels = np.array(image)
+    return pixels if channels == 3 else pixels[..., None]
+
+
+def to_pillow(picture: Picture) -> Image.Image:
+    """(H, W, C) uint8 with 1 (gray), 2 (gray and alpha), 3 or 4 channels as a Pillow image."""
+    return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+
+
+def encode(picture: Picture, kind: str) -> bytes:
+    """Encode as `webp` (lossless), `png` or `jpeg` (quality 95, full-resolution colour)."""
+    # Lossless WebP at its least effort decodes faster than PNG and is a quarter smaller.
+    options: dict[str, dict[str, object]] = {
+        "webp": {"lossless": True, "quality": 0, "method": 0, "exact": True},
+        "png": {"compress_level": 6},
+        "jpeg": {"quality": 95, "subsampling": 0},
+    }
+    buffer = io.BytesIO()
+    to_pillow(picture).save(buffer, format=kind, **options[kind])
+    return buffer.getvalue()
+
+
+def save(picture: Picture, path: Path) -> None:
+    """Write a PNG (or what the name's ending says) that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    image_format = Image.registered_extensions()[path.suffix.lower()]
+    to_pillow(picture).save(partial, format=image_format)
+    os.replace(partial, path)
+
+
+def random_crop(picture: Picture, size: int, random: np.random.Generator) -> Picture:
+    """A (size, size, C) view at a random place in one of the square's eight symmetries."""
+    height, width, _ = picture.shape
+    top = int(random.integers(height - size + 1))
+    left = int(random.integers(width - size + 1))
+    crop = picture[top : top + size, left : left + size]
+    symmetry = int(random.integers(8))
+    if symmetry & 1:
+        crop = crop[:, ::-1]
+    if symmetry & 2:
+        crop = crop[::-1]
+    if symmetry & 4:
+        crop = crop.transpose(1, 0, 2)
+    return crop
+
+
+def crop_to_multiple(picture: Picture, scale: int) -> Picture:
+    """Drop the rows and columns beyond the last multiple of `scale`, bottom and right."""
+    height, width, _ = picture.shape
+    return picture[: height - height % scale, : width - width % scale]
+
+
+def to_batch(pictures: list[Picture]) -> Tensor:
+    """Equal-sized pictures as (N, C, H, W) uint8, channels last in memory."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def to_pictures(batch: Tensor) -> list[Picture]:
+    """(N, C, H, W) uint8, or float in [0, 1] (clipped, rounded), as pictures."""
+    if batch.dtype != torch.uint8:
+        batch = to_uint8(batch)
+    return list(batch.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def to_float(batch: Tensor) -> Tensor:
+    """uint8 in [0, 255] to float32 in [0, 1], channels last."""
+    return batch.to(torch.float32, memory_format=torch.channels_last) / 255
+
+
+def to_uint8(batch: Tensor) -> Tensor:
+    """Float in [0, 1] to uint8 in [0, 255]: clipped, rounded to nearest."""
+    return (batch.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def downscale(hr: Tensor, scale: int) -> Tensor:
+    """LR from HR, the one way it is made: antialiased bicubic, within a level of Pillow's.
+
+    `hr`: (N, C, sH, sW) uint8. Returns (N, C, H, W) uint8.
+    """
+    height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
+    assert (height * scale, width * scale) == hr.shape[-2:], "HR must be a multiple of the scale"
+    return F.interpolate(hr, size=(height, width), mode="bicubic", antialias=True)
+
+
+def enlarge(picture: Picture, scale: int, method: str) -> Picture:
+    """(H, W, C) to (sH, sW, C) by one of `CLASSICAL_METHODS`, as Pillow does it."""
+    height, width, _ = picture.shape
+    image = to_pillow(picture).resize((width * scale, height * scale), CLASSICAL_METHODS[method])
+    return np.asarray(image).reshape(height * scale, width * scale, -1)
+
+
+def luma(pictures: Tensor) -> Tensor:
+    """(N, 3, H, W) RGB in [0, 255] to BT.601 luma (N, 1, H, W) in [16, 235]; gray as it is."""
+    if pictures.shape[1] == 1:
+        return pictures
+    weights = pictures.new_tensor([65.481, 128.553, 24.966]) / 255
+    return 16 + (pictures * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _open(source: bytes | Path) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise PictureError(f"cannot be read: {error.strerror}") from error
+        # Pillow names the file, or an object in memory; the caller knows better what it is.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "of no known format, or its header is damaged" if unknown else str(error)
+        raise PictureError(f"no picture: {reason}") from error
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise PictureError(f"has {frames} frames or pages; one is expected")
+    if image.mode.startswith(("I", "F")):
+        raise PictureError(
+            f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first"
+        )
+    return image

@@ -1,0 +1,199 @@
+"""Swift-SRGAN (Krishnan et al., arXiv 2111.14320): SRGAN with depthwise-separable convolutions.
+
+Names and shapes of the state dicts are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SeparableConv(nn.Module):
+    """A depthwise convolution, then a pointwise one."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            inputs, inputs, kernel, stride, padding=kernel // 2, groups=inputs, bias=bias
+        )
+        self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.pointwise(self.depthwise(x))
+        return out
+
+
+class ConvBlock(nn.Module):
+    """Separable convolution, normalisation and activation, the last two optional."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        norm: bool,
+        activation: nn.Module,
+        activated: bool = True,
+        stride: int = 1,
+    ) -> None:
+        super().__init__()
+        self.cnn = SeparableConv(inputs, outputs, kernel, stride=stride, bias=not norm)
+        self.bn = nn.BatchNorm2d(outputs) if norm else nn.Identity()
+        self.act = activation
+        self.activated = activated
+        if not activated:
+            # Published blocks carry these weights without using them: kept in the state dict, but
+            # DistributedDataParallel must not wait for their gradients.
+            activation.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn(self.cnn(x))
+        return self.act(out) if self.activated else out
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int, norm: bool) -> None:
+        super().__init__()
+        self.block1 = ConvBlock(width, width, 3, norm=norm, activation=nn.PReLU(width))
+        self.block2 = ConvBlock(
+            width, width, 3, norm=norm, activation=nn.PReLU(width), activated=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.block2(self.block1(x))
+        return out
+
+
+class UpsampleBlock(nn.Module):
+    """Doubles height and width by sub-pixel convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = SeparableConv(width, 4 * width, 3)
+        self.ps = nn.PixelShuffle(2)
+        self.act = nn.PReLU(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.ps(self.conv(x)))
+        return out
+
+
+class Generator(nn.Module):
+    """(N, channels, H, W) in [0, 1] → (N, channels, scale·H, scale·W).
+
+    With `global_skip="none"`, as published, tanh keeps the output in [0, 1]. With `"bicubic"` the
+    network's output is added to the bicubic enlargement of its input, and its last layer starts at
+    zero, so training starts from bicubic; the sum may leave [0, 1] and is clipped where pictures
+    are made of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: int,
+        channels: int,
+        num_channels: int,
+        num_blocks: int,
+        norm: str,
+        global_skip: str,
+    ) -> None:
+        super().__init__()
+        doublings = int(math.log2(scale))
+        assert 2**doublings == scale, "the scale is a power of 2"
+        width, normed = num_channels, norm == "batch"
+        self.scale = scale
+        self.global_skip = global_skip
+        self.initial = ConvBlock(channels, width, 9, norm=False, activation=nn.PReLU(width))
+        self.residual = nn.Sequential(*(ResidualBlock(width, normed) for _ in range(num_blocks)))
+        self.convblock = ConvBlock(
+            width, width, 3, norm=normed, activation=nn.PReLU(width), activated=False
+        )
+        self.upsampler = nn.Sequential(*(UpsampleBlock(width) for _ in range(doublings)))
+        self.final_conv = SeparableConv(width, channels, 9)
+        if global_skip == "bicubic":
+            nn.init.zeros_(self.final_conv.pointwise.weight)
+            assert self.final_conv.pointwise.bias is not None
+            nn.init.zeros_(self.final_conv.pointwise.bias)
+        # 9x9, two 3x3 a block, 3x3, then a 3x3 before each doubling and the last 9x9, at the
+        # resolutions they work at.
+        enlarged = sum(1 / 2**n for n in range(doublings)) + 4 / scale
+        self.reach = math.ceil(4 + 2 * num_blocks + 1 + enlarged)
+
+    def forward(self, lr: Tensor) -> Tensor:
+        features = self.initial(lr)
+        detail = self.convblock(self.residual(features)) + features
+        detail = self.final_conv(self.upsampler(detail))
+        if self.global_skip == "none":
+            out: Tensor = (torch.tanh(detail) + 1) / 2
+            return out
+        # antialias selects the a = -0.5 kernel, Pillow's bicubic; enlarging has nothing to alias.
+        base = F.interpolate(
+            lr.float(), scale_factor=float(self.scale), mode="bicubic", antialias=True
+        )
+        out = base + detail
+        return out
+
+
+class Discriminator(nn.Module):
+    """(N, channels, H, W) in [0, 1] → logits (N, 1).
+
+    The published network ends in a sigmoid; here that belongs to the loss.
+    """
+
+    WIDTHS = (64, 64, 128, 128, 256, 256, 512, 512)
+
+    def __init__(self, *, channels: int, head: str) -> None:
+        super().__init__()
+        blocks = []
+        for number, (inputs, outputs) in enumerate(
+            zip((channels, *self.WIDTHS), self.WIDTHS, strict=False)
+        ):
+            activation = nn.LeakyReLU(0.2, inplace=True)
+            blocks.append(
+                ConvBlock(
+                    inputs,
+                    outputs,
+                    3,
+                    norm=number > 0,
+                    activation=activation,
+                    stride=1 + number % 2,
+                )
+            )
+        self.blocks = nn.Sequential(*blocks)
+        pool = 6 if head == "linear" else 1
+        self.classifier = nn.Sequential(
+            nn.AdaptiveAvgPool2d(pool),
+            nn.Flatten(),
+            nn.Linear(self.WIDTHS[-1] * pool * pool, 1024),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Linear(1024, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.blocks(x))
+        return logits
+
+
+def infer(state: dict[str, Any]) -> dict[str, Any]:
+    """`Generator`'s arguments, read from the names and shapes of a state dict."""
+
+    def count(prefix: str) -> int:
+        return len({key.split(".")[1] for key in state if key.startswith(prefix)})
+
+    width, channels = state["initial.cnn.pointwise.weight"].shape[:2]
+    return {
+        "scale": 2 ** count("upsampler."),
+        "channels": int(channels),
+        "num_channels": int(width),
+        "num_blocks": count("residual."),
+        "norm": "batch" if "convblock.bn.weight" in state else "none",
+        "global_skip": "none",
+    }

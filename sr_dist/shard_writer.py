@@ -1,0 +1,444 @@
+"""Write shards from pictures, index shards that others made, verify either.
+
+Each picture belongs to one shard, and each shard is a job of its own, so any number of workers
+writes the same bytes. A shard appears under its name when it is whole; what a stopped run finished
+is kept in `.progress/` until `index.json` takes its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+from sr_dist import images, shards
+from sr_dist.errors import UserError
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+Progress = Callable[[Iterable[Result], str, int], Iterable[Result]]  # (items, what, total) → items
+
+ENCODINGS = ("webp", "png", "jpeg", "keep")
+_PROGRESS_FOLDER = ".progress"
+_MEMBER_ENDINGS = {"webp": "webp", "png": "png", "jpeg": "jpg"}
+_KEPT_ENDINGS = {"WEBP": "webp", "PNG": "png", "JPEG": "jpg"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What decides the bytes of the shards, beside the pictures themselves."""
+
+    tile: int = 256  # least side of a tile, pixels; 0 keeps pictures whole
+    encode: str = "webp"  # one of ENCODINGS; keep stores the original bytes, whole
+    samples_per_shard: int = 1000  # a shard is closed by the picture that reaches this
+    channels: int = 3
+    min_size: int = 96  # pictures with a shorter side are rejected
+    seed: int = 0  # of the order in which pictures are written
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    samples: int
+    shards: int
+    rejects: int
+    already_complete: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    path: Path
+    name: str  # relative, as recorded
+    height: int = 0
+    width: int = 0
+    reject: str = ""  # the reason, where it cannot be used
+
+    def tiles(self, options: Options) -> list[tuple[int, int, int, int]]:
+        """(top, left, height, width) of each tile: every pixel once, no side below options.tile.
+
+        A picture smaller than that is one tile.
+        """
+        if options.encode == "keep" or not options.tile:
+            return [(0, 0, self.height, self.width)]
+        return [
+            (top, left, bottom - top, right - left)
+            for top, bottom in _cuts(self.height, options.tile)
+            for left, right in _cuts(self.width, options.tile)
+        ]
+
+
+def _cuts(length: int, tile: int) -> list[tuple[int, int]]:
+    parts = max(1, length // tile)
+    edges = [length * part // parts for part in range(parts + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def list_pictures(source: Path) -> list[tuple[Path, str]]:
+    """(path, recorded name) of every picture of a folder, or of a text file with a path a line.
+
+    Paths in a list are relative to the list's own folder.
+
+    Raises:
+        UserError: nothing is there, or a listed file is missing.
+    """
+    if source.is_dir():
+        found = [(path, path.relative_to(source).as_posix()) for path in images.find(source)]
+        if not found:
+            raise UserError(f"{source} holds no pictures ({', '.join(images.SUFFIXES)})")
+        return found
+    if not source.exists():
+        raise UserError(f"{source} does not exist; expected a folder of pictures or a list of them")
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError):
+        raise UserError(
+            f"{source} is neither a folder nor a text file with a path a line"
+        ) from None
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise UserError(f"{source} lists no pictures")
+    missing = [name for name in names if not (source.parent / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{source} lists {len(missing)} file(s) that do not exist in {source.parent}, "
+            f"first: {missing[0]}"
+        )
+    return [(source.parent / name, name) for name in sorted(set(names))]
+
+
+def write(
+    pictures: Sequence[tuple[Path, str]],
+    output: Path,
+    options: Options,
+    *,
+    workers: int = 1,
+    strict: bool = False,
+    progress: Progress[Any] = lambda items, what, total: items,
+) -> Summary:
+    """Write `pictures` (path, recorded name) as shards and `index.json` into `output`.
+
+    Goes on where a stopped run of the same pictures and options was. Pictures that cannot be used
+    are listed in `rejects.jsonl`, or are fatal with `strict`.
+
+    Raises:
+        UserError: `output` holds something else, no picture can be used, or `strict` met a reject.
+    """
+    inputs = _fingerprint(pictures)
+    recorded = {**dataclasses.asdict(options), "inputs": inputs}
+    done = _open_output(output, recorded)
+    if done is not None:
+        return done
+    try:
+        with _mapper(workers) as run:
+            sources = list(
+                progress(
+                    run(functools.partial(_probe, options), pictures), "reading", len(pictures)
+                )
+            )
+            _stop_on_reject(sources, strict)
+            jobs = _jobs([source for source in sources if not source.reject], output, options)
+            results = []
+            for result in progress(run(_write_shard, jobs), "writing", len(jobs)):
+                results.append(result)
+                _stop_on_reject([_Source(Path(), **reject) for reject in result["rejects"]], strict)
+        rejects = [{"name": s.name, "reject": s.reject} for s in sources if s.reject]
+        rejects += [reject for result in results for reject in result["rejects"]]
+        written = [result for result in results if result["count"]]
+        if not written:
+            first = f"{rejects[0]['name']} {rejects[0]['reject']}"
+            raise UserError(f"none of {len(pictures)} pictures can be used; first: {first}")
+    except UserError:
+        _remove_ours(output)
+        raise
+    # The list of rejects comes first: index.json marks the shards as complete.
+    lines = "".join(
+        json.dumps({"source": reject["name"], "reason": reject["reject"]}) + "\n"
+        for reject in sorted(rejects, key=lambda reject: reject["name"])
+    )
+    (output / "rejects.jsonl").unlink(missing_ok=True)
+    if lines:
+        _write_whole(output / "rejects.jsonl", lines.encode())
+    names = ("name", "count", "bytes", "sha256")
+    listed = [shards.Shard(**{name: result[name] for name in names}) for result in written]
+    side = min(result["smallest_side"] for result in written)
+    text = shards.index_text(options.channels, side, listed, recorded)
+    _write_whole(output / shards.INDEX_NAME, text.encode())
+    shutil.rmtree(output / _PROGRESS_FOLDER)
+    return Summary(sum(shard.count for shard in listed), len(listed), len(rejects))
+
+
+def index(tars: Sequence[Path], progress: Progress[Any] = lambda items, what, total: items) -> Path:
+    """Write `index.json` beside tars that others made, and return its path.
+
+    Every sample with a jpg, jpeg, png or webp member counts; others are passed over.
+
+    Raises:
+        UserError: the tars are not in one folder, an index is there, or a tar cannot be read.
+    """
+    folders = {tar.parent for tar in tars}
+    if len(folders) != 1:
+        raise UserError(
+            "expected tars of one folder (index.json lies beside them), found "
+            + (", ".join(sorted(map(str, folders))) or "none")
+        )
+    target = folders.pop() / shards.INDEX_NAME
+    if target.exists():
+        raise UserError(f"{target} exists already; delete it to index the folder again")
+    listed, sides, channels = [], [], 1
+    for tar in progress(tars, "indexing", len(tars)):
+        count = 0
+        try:
+            with tar.open("rb") as file:
+                for sample in shards.read_samples(file, tar.name):
+                    sides.append(min(images.read_size(sample["picture"])))
+                    if channels == 1:
+                        with Image.open(io.BytesIO(sample["picture"])) as image:
+                            channels = 1 if image.mode in ("1", "L", "LA") else 3
+                    count += 1
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{tar}: sample {count}: {error}") from None
+        digest, size = shards.sha256_of_file(str(tar))
+        listed.append(shards.Shard(tar.name, count, size, digest))
+    if not sides:
+        raise UserError(f"no sample with a picture in {len(tars)} tars")
+    text = shards.index_text(channels, min(sides), listed, {"indexed": True})
+    _write_whole(target, text.encode())
+    return target
+
+
+def verify(address: str, progress: Progress[Any] = lambda items, what, total: items) -> list[str]:
+    """All that is wrong with the shards of an index: files, bytes, hashes, counts and pictures."""
+    found = shards.read_index(address)
+    problems = []
+    for number, shard in enumerate(progress(found.shards, "verifying", len(found.shards))):
+        where = found.address(number)
+        try:
+            digest, size = shards.sha256_of_file(where)
+        except OSError as error:
+            problems.append(f"{where}: cannot be read: {error}")
+            continue
+        if size != shard.bytes:
+            problems.append(f"{where}: {size} bytes, the index says {shard.bytes}")
+        elif digest != shard.sha256:
+            problems.append(f"{where}: its sha256 is not the index's; its bytes were changed")
+        count = 0
+        try:
+            with shards.open_address(where) as file:
+                for sample in shards.read_samples(file, where):
+                    count += 1
+                    problems += _picture_problems(where, sample, found)
+        except (OSError, ValueError, EOFError) as error:
+            problems.append(f"{where}: damaged after sample {count}: {error}")
+        if count != shard.count:
+            problems.append(f"{where}: {count} samples, the index says {shard.count}")
+    return problems
+
+
+def _picture_problems(where: str, sample: dict[str, Any], found: shards.Index) -> Iterator[str]:
+    try:
+        picture = images.decode(sample["picture"], found.channels)
+    except images.PictureError as error:
+        yield f"{where}: sample {sample['__key__']}: {error}"
+        return
+    if min(picture.shape[:2]) < found.smallest_side:
+        side = min(picture.shape[:2])
+        yield f"{where}: sample {sample['__key__']}: {side} pixels, below the index's smallest side"
+
+
+class _mapper:
+    """`with _mapper(n) as run: run(function, items)` maps in order, in n processes."""
+
+    def __init__(self, workers: int) -> None:
+        self.executor = ProcessPoolExecutor(workers) if workers > 1 else None
+
+    def __enter__(self) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
+        return self.executor.map if self.executor else map
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.executor:
+            self.executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _fingerprint(pictures: Sequence[tuple[Path, str]]) -> str:
+    """A hash of the names and sizes of the pictures."""
+    digest = hashlib.sha256()
+    for path, name in pictures:
+        digest.update(f"{name}\0{path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
+    """Make the folder ready. Returns the summary of a run that is complete already."""
+    output.mkdir(parents=True, exist_ok=True)
+    progress = output / _PROGRESS_FOLDER
+    if (output / shards.INDEX_NAME).exists():
+        index = shards.read_index(str(output))
+        if index.options != recorded:
+            raise UserError(
+                f"{output} holds shards of other pictures or options; delete it or choose another "
+                "--output"
+            )
+        shutil.rmtree(progress, ignore_errors=True)
+        rejects = output / "rejects.jsonl"
+        count = len(rejects.read_text().splitlines()) if rejects.exists() else 0
+        return Summary(index.samples, len(index.shards), count, already_complete=True)
+    inputs = progress / "inputs.json"
+    if inputs.exists():
+        if json.loads(inputs.read_text()) != recorded:
+            raise UserError(
+                f"{output} holds an unfinished run with other pictures or options; delete it or "
+                "choose another --output"
+            )
+    elif any(output.glob("*.tar")):
+        raise UserError(
+            f"{output} holds tars without an {shards.INDEX_NAME}; choose another --output, or "
+            f"index them with 'python tools/make_shards.py index {output}'"
+        )
+    for partial in output.glob("*.part"):
+        partial.unlink()
+    progress.mkdir(exist_ok=True)
+    _write_whole(inputs, json.dumps(recorded).encode())
+    return None
+
+
+def _remove_ours(output: Path) -> None:
+    for result in (output / _PROGRESS_FOLDER).glob("shard-*.json"):
+        (output / f"{result.stem}.tar").unlink(missing_ok=True)
+    shutil.rmtree(output / _PROGRESS_FOLDER)
+    if not any(output.iterdir()):
+        output.rmdir()
+
+
+def _probe(options: Options, picture: tuple[Path, str]) -> _Source:
+    path, name = picture
+    try:
+        height, width = images.read_size(path)
+    except images.PictureError as error:
+        return _Source(path, name, reject=str(error))
+    if min(height, width) < options.min_size:
+        reason = f"is {width}x{height} pixels; the short side must be {options.min_size} or more"
+        return _Source(path, name, reject=reason)
+    if options.encode == "keep":
+        with Image.open(path) as image:
+            if image.format not in _KEPT_ENDINGS:
+                return _Source(path, name, reject=f"is {image.format}, which shards cannot keep")
+    return _Source(path, name, height, width)
+
+
+def _stop_on_reject(sources: list[_Source], strict: bool) -> None:
+    for source in sources if strict else []:
+        if source.reject:
+            raise UserError(f"{source.name} {source.reject} (--strict)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    number: int
+    first_key: int
+    sources: tuple[_Source, ...]
+    output: Path
+    options: Options
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.number:06d}"
+
+
+def _jobs(sources: list[_Source], output: Path, options: Options) -> list[_Job]:
+    """Shuffled pictures, as many to a shard as reach samples_per_shard."""
+    order = np.random.default_rng(options.seed).permutation(len(sources))
+    jobs: list[_Job] = []
+    held: list[_Source] = []
+    key = samples = 0
+    for place, number in enumerate(order.tolist()):
+        held.append(sources[number])
+        samples += len(sources[number].tiles(options))
+        if samples >= options.samples_per_shard or place == len(order) - 1:
+            jobs.append(_Job(len(jobs), key, tuple(held), output, options))
+            held, key, samples = [], key + samples, 0
+    return jobs
+
+
+def _write_shard(job: _Job) -> dict[str, Any]:
+    """Write one shard, or return what is recorded of it if it is there already."""
+    record = job.output / _PROGRESS_FOLDER / f"{job.name}.json"
+    target = job.output / f"{job.name}.tar"
+    if record.exists():
+        result: dict[str, Any] = json.loads(record.read_text())
+        if not result["count"] or (target.exists() and target.stat().st_size == result["bytes"]):
+            return result
+    samples, rejects = [], []
+    for source in job.sources:
+        try:
+            samples += list(_samples(source, job.options))
+        except images.PictureError as error:
+            rejects.append({"name": source.name, "reject": str(error)})
+    # Tiles of one picture are apart in the shard.
+    order = np.random.default_rng([job.options.seed, job.number]).permutation(len(samples))
+    partial = target.with_suffix(".tar.part")
+    with partial.open("wb") as file:
+        with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+            for place, number in enumerate(order.tolist()):
+                tar.write({"__key__": f"{job.first_key + place:09d}", **samples[number][0]})
+        file.flush()
+        os.fsync(file.fileno())
+    digest, size = shards.sha256_of_file(str(partial))
+    if samples:
+        os.replace(partial, target)
+    else:
+        partial.unlink()
+    result = {
+        "name": target.name,
+        "count": len(samples),
+        "bytes": size,
+        "sha256": digest,
+        "smallest_side": min((side for _, side in samples), default=0),
+        "rejects": rejects,
+    }
+    _write_whole(record, json.dumps(result).encode())
+    return result
+
+
+def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, bytes], int]]:
+    """Each tile's members and its shorter side.
+
+    Raises:
+        PictureError: the file cannot be decoded.
+    """
+    try:
+        data = source.path.read_bytes()
+    except OSError as error:
+        raise images.PictureError(f"cannot be read: {error.strerror}") from None
+    picture = images.decode(data, options.channels)
+    digest = hashlib.sha256(data).hexdigest()
+    for top, left, height, width in source.tiles(options):
+        if options.encode == "keep":
+            with Image.open(io.BytesIO(data)) as image:
+                ending, encoded = _KEPT_ENDINGS[str(image.format)], data
+        else:
+            tile = picture[top : top + height, left : left + width]
+            encoded = images.encode(np.ascontiguousarray(tile), options.encode)
+            ending = _MEMBER_ENDINGS[options.encode]
+        about = {"source": source.name, "sha256": digest, "tile": [top, left, height, width]}
+        members = {ending: encoded, "json": json.dumps(about).encode()}
+        yield members, min(height, width)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
