@@ -101,6 +101,39 @@ def find_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def find_start(folder: Path, resume: str, identity: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint below `folder` that a run goes on from.
+
+    `identity`: sections of settings that a run cannot change on its way, as `meta.json` holds them.
+
+    Raises:
+        UserError: there is one where `resume` is never, or it is of another model or data.
+    """
+    found = find_newest(folder)
+    if found is None:
+        return None
+    if resume == "never":
+        raise UserError(
+            f"{folder} holds a run that got to step {found.step}, and run.resume is never. Choose "
+            "another run.name, or delete the folder."
+        )
+    for section, now in identity.items():
+        before = found.meta.get(section)
+        if before == now:
+            continue
+        if before is None or now is None:
+            had = "without" if before is None else "with"
+            change = f"as now set: it was trained {had} a {section}"
+        else:
+            change = f"with another {section}: " + ", ".join(
+                f"{key} was {before.get(key)}, is {now[key]}"
+                for key in now
+                if before.get(key) != now[key]
+            )
+        raise UserError(f"{folder} cannot go on {change}. Set it back or choose another run.name.")
+    return found
+
+
 def verify(folder: Path) -> Checkpoint:
     """Read `meta.json` and compare every file with its hash.
 

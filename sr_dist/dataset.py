@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,20 @@ def find_pictures(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
     return found
 
 
+def png_targets(relatives: Sequence[Path]) -> list[Path]:
+    """`NAME.png` for each path; where two would be one, their old endings go into the names."""
+    plain = [path.with_suffix(".png") for path in relatives]
+    counts = Counter(plain)
+    targets = [
+        target if counts[target] == 1 else path.with_name(f"{path.name}.png")
+        for path, target in zip(relatives, plain, strict=True)
+    ]
+    for target, count in Counter(targets).items():
+        if count > 1:
+            raise UserError(f"{count} of the pictures would become {target}; enlarge them apart")
+    return targets
+
+
 def collect(
     pictures: Sequence[tuple[Path, Path]],
     output: Path,
@@ -130,11 +146,11 @@ def collect(
     return Collected(copied, present, duplicates, rejects)
 
 
-def split(folder: Path, val_fraction: float) -> tuple[list[str], list[str]]:
+def split(folder: Path, val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
     """Write `train.txt` and `val.txt` into `folder`, and return what they list.
 
-    A picture belongs where the hash of its bytes says, whatever else is there; one that an earlier
-    run listed stays where it is. Neither list is ever empty.
+    A picture belongs where the hash of `seed` and its bytes says, whatever else is there; one that
+    an earlier run listed stays where it is. Neither list is ever empty.
 
     Raises:
         UserError: fewer than two pictures, or a fraction that is not between 0 and 1.
@@ -151,9 +167,7 @@ def split(folder: Path, val_fraction: float) -> tuple[list[str], list[str]]:
             f"{folder} holds {len(paths)} picture(s); two are needed, one for each side"
         )
     names = [path.relative_to(folder).as_posix() for path in paths]
-    shares = {
-        name: int(_hash(path)[:12], 16) / 16**12 for name, path in zip(names, paths, strict=True)
-    }
+    shares = {name: _share(path, seed) for name, path in zip(names, paths, strict=True)}
     earlier = {side: set(_read_list(folder / f"{side}.txt")) for side in ("train", "val")}
     validation = {
         name
@@ -172,6 +186,12 @@ def split(folder: Path, val_fraction: float) -> tuple[list[str], list[str]]:
         partial.write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
         os.replace(partial, folder / f"{side}.txt")
     return sides
+
+
+def _share(path: Path, seed: int) -> float:
+    """A number in [0, 1) that depends on the seed and the file's bytes alone."""
+    digest = hashlib.sha256(f"{seed} {_hash(path)}".encode()).hexdigest()
+    return int(digest[:12], 16) / 16**12
 
 
 def _hash(path: Path) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ class Processes:
             values = values.clone()
             torch.distributed.all_reduce(values)
         return values
+
+    def means(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+        """The mean over ranks of each scalar, as numbers: waits for the device."""
+        joined = self.sum(torch.stack(list(scalars.values())).double()) / self.world_size
+        return dict(zip(scalars, joined.tolist(), strict=True))
 
     def average_buffers(self, *modules: nn.Module) -> None:
         """Give all ranks the mean of their floating-point buffers: BatchNorm's statistics."""

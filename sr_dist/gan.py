@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sr_dist import losses
+from sr_dist import images as pictures
+from sr_dist import losses, models
 from sr_dist.distributed import Processes
 
 Scalars = dict[str, Tensor]  # detached, on the device
@@ -36,6 +40,153 @@ class Objective:
         return dataclasses.replace(
             self, content_weight=0.0, adversarial_weight=0.0, total_variation_weight=0.0
         )
+
+
+def build_objective(
+    *,
+    pixel: Mapping[str, Any],
+    content: Mapping[str, Any],
+    adversarial: Mapping[str, Any],
+    total_variation: Mapping[str, Any],
+    device: torch.device,
+) -> Objective:
+    """The objective from each term's `kind` and `weight`; for `content`, `weights` and `normalize`.
+
+    Raises:
+        UserError: the content network's weights cannot be had.
+    """
+    network = None
+    if content["weight"]:
+        features = losses.mobilenet_v2_features(content["weights"])
+        network = losses.ContentLoss(features, normalize=content["normalize"])
+        _to(network, device)
+    return Objective(
+        pixel=pixel["kind"],
+        pixel_weight=pixel["weight"],
+        content=network,
+        content_weight=content["weight"],
+        adversarial=adversarial["kind"],
+        adversarial_weight=adversarial["weight"],
+        total_variation=total_variation["kind"],
+        total_variation_weight=total_variation["weight"],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks of a run, bare and as the ranks train them, with their optimisers."""
+
+    generator: nn.Module
+    wrapped_generator: nn.Module
+    discriminator: nn.Module | None
+    wrapped_discriminator: nn.Module | None
+    optimizers: dict[str, torch.optim.Optimizer]  # by the name of what they train
+    average: nn.Module  # of the generator; a plain copy where `half_life` is 0
+    half_life: float  # images
+
+    @property
+    def weights(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds, by file name."""
+        held = {"generator": self.generator}
+        if self.discriminator is not None:
+            held["discriminator"] = self.discriminator
+        if self.half_life:
+            held["ema"] = self.average
+        return held
+
+    def evaluated(self) -> nn.Module:
+        """The generator that is measured and given away, in evaluation mode."""
+        if not self.half_life:
+            self.average.load_state_dict(self.generator.state_dict())
+        return self.average
+
+
+def build_networks(
+    processes: Processes,
+    *,
+    generator: Mapping[str, Any],
+    discriminator: Mapping[str, Any] | None,
+    optimizer: Mapping[str, Mapping[str, Any]],
+    half_life: float,
+) -> Networks:
+    """`generator` and `discriminator`: arguments of `models.build_…`.
+
+    `optimizer`: settings of each one's AdamW. `half_life`: of the averaged generator, in images; 0
+    keeps none.
+    """
+    bare: dict[str, nn.Module] = {"generator": models.build_generator(**generator)}
+    if discriminator is not None:
+        bare["discriminator"] = models.build_discriminator(**discriminator)
+    average = copy.deepcopy(bare["generator"]).requires_grad_(False).eval()
+    _to(average, processes.device)
+    wrapped, optimizers = {}, {}
+    for name, module in bare.items():
+        _to(module, processes.device)
+        settings = optimizer[name]
+        adamw = torch.optim.AdamW(
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
+            lr=settings["learning_rate"],
+            betas=(settings["beta1"], settings["beta2"]),
+            weight_decay=settings["weight_decay"],
+            fused=True,
+        )
+        wrapped[name], optimizers[name] = processes.wrap(module, adamw)
+    return Networks(
+        generator=bare["generator"],
+        wrapped_generator=wrapped["generator"],
+        discriminator=bare.get("discriminator"),
+        wrapped_discriminator=wrapped.get("discriminator"),
+        optimizers=optimizers,
+        average=average,
+        half_life=half_life,
+    )
+
+
+def training_step(
+    processes: Processes,
+    networks: Networks,
+    objective: Objective,
+    lr: Tensor,
+    hr: Tensor,
+    *,
+    warming_up: bool,
+    images_seen: int,
+    images: int,
+) -> Scalars:
+    """Update everything once on `lr` (B, C, H, W) and `hr` (B, C, sH, sW), uint8 on any device.
+
+    `warming_up`: the pixel loss alone. `images_seen`: before this step; `images`: in it, over all
+    ranks.
+    """
+    lr, hr = (_on_device(batch, processes.device) for batch in (lr, hr))
+    scalars: Scalars = {}
+    sr = networks.wrapped_generator(lr)
+    if networks.wrapped_discriminator is not None and not warming_up:
+        scalars |= discriminator_step(
+            processes,
+            networks.wrapped_discriminator,
+            networks.optimizers["discriminator"],
+            sr,
+            hr,
+            objective.adversarial,
+        )
+    scalars |= generator_step(
+        processes,
+        networks.optimizers["generator"],
+        networks.discriminator,
+        sr,
+        hr,
+        objective.pixel_only() if warming_up else objective,
+    )
+    if networks.half_life:
+        update_average(
+            networks.average,
+            networks.generator,
+            half_life=networks.half_life,
+            images_seen=images_seen,
+            images=images,
+        )
+    return scalars
 
 
 def discriminator_step(
@@ -126,6 +277,27 @@ def learning_rate(peak: float, schedule: str, images_seen: int, total_images: in
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, images_seen / total_images)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value
+def set_learning_rates(
+    networks: Networks,
+    settings: Mapping[str, Mapping[str, Any]],
+    images_seen: int,
+    total_images: int,
+) -> dict[str, float]:
+    """Give every optimiser the rate of its `settings` at `images_seen`. Returns them by name."""
+    rates = {}
+    for name, optimizer in networks.optimizers.items():
+        its = settings[name]
+        rates[name] = learning_rate(
+            its["learning_rate"], its["schedule"], images_seen, total_images
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rates[name]
+    return rates
+
+
+def _on_device(batch: Tensor, device: torch.device) -> Tensor:
+    return pictures.to_float(batch.to(device, non_blocking=True))
+
+
+def _to(module: nn.Module, device: torch.device) -> None:
+    module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sr_dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,6 +97,7 @@ def mobilenet_v2_features(weights: str) -> nn.Module:
         UserError: the download failed, or the file does not fit.
     """
     if weights == "none":
+        log.warning("the content loss compares features of RANDOM weights: for tests only")
         return _features(None)
     if weights == "auto":
         url = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url

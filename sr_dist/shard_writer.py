@@ -84,39 +84,6 @@ def _cuts(length: int, tile: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
-def list_pictures(source: Path) -> list[tuple[Path, str]]:
-    """(path, recorded name) of every picture of a folder, or of a text file with a path a line.
-
-    Paths in a list are relative to the list's own folder.
-
-    Raises:
-        UserError: nothing is there, or a listed file is missing.
-    """
-    if source.is_dir():
-        found = [(path, path.relative_to(source).as_posix()) for path in images.find(source)]
-        if not found:
-            raise UserError(f"{source} holds no pictures ({', '.join(images.SUFFIXES)})")
-        return found
-    if not source.exists():
-        raise UserError(f"{source} does not exist; expected a folder of pictures or a list of them")
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (UnicodeDecodeError, OSError):
-        raise UserError(
-            f"{source} is neither a folder nor a text file with a path a line"
-        ) from None
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise UserError(f"{source} lists no pictures")
-    missing = [name for name in names if not (source.parent / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{source} lists {len(missing)} file(s) that do not exist in {source.parent}, "
-            f"first: {missing[0]}"
-        )
-    return [(source.parent / name, name) for name in sorted(set(names))]
-
-
 def write(
     pictures: Sequence[tuple[Path, str]],
     output: Path,

@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Measure models and classical methods against HR pictures."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from sr_dist.errors import UserError, exit_on_user_error
+
+EXAMPLE = """
+examples:
+  python launch/evaluate.py --data photos/ --method bicubic --checkpoint runs/quickstart \\
+      --scale 4 --output results/
+  python launch/evaluate.py --data Set5/HR --lr Set5/LR_bicubic/X4 --checkpoint netG_4x.pth.tar \\
+      --scale 4 --output results/
+
+Writes metrics.json, metrics.csv (a row per picture), side-by-side pictures and report.html into the
+output folder. The last line printed is the content of metrics.json.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="HR", help="HR pictures: a folder, a list, or shards"
+    )
+    parser.add_argument(
+        "--lr", type=Path, metavar="DIR", help="given LR pictures (default: made by bicubic)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE_OR_RUN",
+        help="a run's folder, a checkpoint's, or a .pth.tar file; may be given several times",
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        choices=("nearest", "bilinear", "bicubic", "lanczos"),
+        help="a classical method; may be given several times",
+    )
+    parser.add_argument("--scale", required=True, type=int, metavar="N")
+    parser.add_argument("--protocol", choices=("y", "rgb"), default="y", help="luma (y) or rgb")
+    parser.add_argument("--tile", type=int, default=256, metavar="N", help="side of the LR tiles")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with exit_on_user_error():
+        import torch
+        from tqdm import tqdm
+
+        from sr_dist import checkpoint, evaluate, metrics, report
+
+        scale = arguments.scale
+        if not arguments.method and not arguments.checkpoint:
+            raise UserError("nothing to measure; give --checkpoint FILE_OR_RUN or --method bicubic")
+        if scale < 2:
+            raise UserError(f"--scale: expected 2 or more, found {scale}")
+        upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
+        channels = 3
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for path in arguments.checkpoint:
+            generator, description = checkpoint.load_generator(path)
+            if description["scale"] != scale:
+                raise UserError(
+                    f"{path} enlarges {description['scale']} times, but --scale is {scale}"
+                )
+            channels = description["channels"]
+            generator.to(device=device, memory_format=torch.channels_last)
+            name = evaluate.unused_name(path.name.removesuffix(".pth.tar"), upscalers)
+            upscalers[name] = evaluate.learned(generator, scale=scale, tile=arguments.tile)
+        total = evaluate.check_readable(arguments.data)
+        pairs = evaluate.read_pairs(
+            arguments.data, scale=scale, channels=channels, lr_folder=arguments.lr
+        )
+        protocol = metrics.protocol(arguments.protocol, scale)
+        writer = report.Writer(arguments.output, scale=scale, protocol=protocol)
+        rows = evaluate.evaluate(
+            upscalers,
+            tqdm(pairs, total=total, unit="picture", disable=None),
+            colour=arguments.protocol,
+            border=scale,
+            look=writer.add,
+        )
+        summary = writer.finish(rows)
+        for mean in evaluate.averages(rows):
+            print(f"{mean.upscaler:20} PSNR {mean.psnr:7.3f} dB   SSIM {mean.ssim:.4f}")
+        print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

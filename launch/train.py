@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""Train a super-resolution model, on as many processes as the launcher started."""
+
+import argparse
+import logging
+import sys
+
+from sr_dist.errors import exit_on_user_error
+
+EXAMPLE = """
+examples:
+  python launch/train.py --config configs/quickstart.yaml
+  accelerate launch --config_file launch/accelerate/cpu_2_processes.yaml \\
+      launch/train.py --config configs/quickstart.yaml train.epochs=5
+  accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
+      launch/train.py --config configs/swift_srgan_x4.yaml --batch_size 16
+
+The same command again goes on from the newest checkpoint of the run. Settings are listed in the
+recipes of configs/; a misspelt one is refused, with the nearest valid name.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a recipe (YAML)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that differ from it"
+    )
+    parser.add_argument("--upscale_factor", type=int, metavar="N", help="the same as data.scale=N")
+    parser.add_argument("--num_epochs", type=int, metavar="N", help="the same as train.epochs=N")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help="crops per process: sets train.global_batch_size to N times the processes",
+    )
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with exit_on_user_error():
+        from sr_dist import config, distributed, train
+
+        overrides = list(arguments.overrides)
+        if arguments.upscale_factor is not None:
+            overrides.append(f"data.scale={arguments.upscale_factor}")
+        if arguments.num_epochs is not None:
+            overrides.append(f"train.epochs={arguments.num_epochs}")
+        if arguments.batch_size is not None:
+            world_size = distributed.launched_world_size()
+            overrides.append(f"train.global_batch_size={arguments.batch_size * world_size}")
+        settings = config.load(arguments.config, overrides)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        result = train.run(settings)
+    if result.means:
+        print_summary(result)
+
+
+def print_summary(result: "train.Result") -> None:  # noqa: F821
+    protocol = result.protocol
+    print(
+        f"\nPSNR and SSIM on the validation pictures (colour {protocol['colour']}, border "
+        f"{protocol['border']}, range {protocol['data_range']}, SSIM {protocol['ssim']})"
+    )
+    print(f"  {'':10} {'PSNR dB':>8} {'SSIM':>7}")
+    for mean in result.means:
+        print(f"  {mean.upscaler:10} {mean.psnr:8.3f} {mean.ssim:7.4f}")
+    print(f"\nRun folder: {result.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""Enlarge pictures with a trained model."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from sr_dist.errors import UserError, exit_on_user_error
+
+EXAMPLE = """
+example:
+  python launch/upscale.py --checkpoint runs/quickstart --input photo.jpg holiday/ --output out/
+
+Each picture becomes NAME.png in the output folder; folders keep their structure. Gray stays gray,
+and alpha stays. A picture that cannot be used is reported at the end (exit status 2); the others
+are done all the same.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="FILE_OR_RUN",
+        help="a run's folder, a checkpoint's folder, or a .pth.tar file",
+    )
+    parser.add_argument(
+        "--input", required=True, nargs="+", type=Path, metavar="PATH", help="pictures and folders"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        default=256,
+        metavar="N",
+        help="side of the tiles that bound the memory, pixels of the input (default 256)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with exit_on_user_error():
+        import torch
+        from tqdm import tqdm
+
+        from sr_dist import checkpoint, dataset, images, upscale
+
+        if arguments.tile < 16:
+            raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
+        pictures = dataset.find_pictures(arguments.input)
+        targets = dataset.png_targets([relative for _, relative in pictures])
+        generator, description = checkpoint.load_generator(arguments.checkpoint)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        generator.to(device=device, memory_format=torch.channels_last)
+        rejects = []
+        for (path, _), target in zip(
+            tqdm(pictures, unit="picture", disable=None), targets, strict=True
+        ):
+            try:
+                result = upscale.upscale_any(
+                    generator,
+                    path,
+                    scale=description["scale"],
+                    channels=description["channels"],
+                    tile=arguments.tile,
+                )
+            except images.PictureError as error:
+                rejects.append(f"{path} {error}")
+                continue
+            (arguments.output / target).parent.mkdir(parents=True, exist_ok=True)
+            images.save(result, arguments.output / target)
+        print(f"{len(pictures) - len(rejects)} picture(s) in {arguments.output}")
+        if rejects:
+            raise UserError(
+                f"{len(rejects)} picture(s) could not be used:\n  " + "\n  ".join(rejects)
+            )
+
+
+if __name__ == "__main__":
+    main()

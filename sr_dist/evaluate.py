@@ -1,0 +1,210 @@
+"""Measure upscalers (models or classical methods) on pictures: PSNR and SSIM of each, averaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import nn
+
+from sr_dist import images, metrics, shards, upscale
+from sr_dist.errors import UserError
+
+Upscaler = Callable[[images.Picture], images.Picture]  # (H, W, C) → (scale·H, scale·W, C)
+
+_IDENTICAL = 100.0  # dB, in place of infinity, so that averages and JSON stay numbers
+_LABEL_HEIGHT = 16  # pixels
+_GAP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    name: str
+    lr: images.Picture
+    hr: images.Picture  # exactly `scale` times the size of lr
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one upscaler reached on one picture."""
+
+    picture: str
+    upscaler: str
+    psnr: float  # dB
+    ssim: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """The averages over pictures."""
+
+    upscaler: str
+    psnr: float
+    ssim: float
+
+
+def read_pairs(
+    data: str, *, scale: int, channels: int, lr_folder: Path | None = None
+) -> Iterator[Pair]:
+    """The HR pictures of `data`, each with its LR: one at a time, in the order of their names.
+
+    `data`: a folder of pictures, a text file that lists some, one picture, or shards. HR is cut to
+    a multiple of `scale` and LR made from it, unless `lr_folder` holds it (`NAME.*`, `NAMEx4.*` or
+    `NAME_x4.*`); HR is then cut to `scale` times LR.
+
+    Raises:
+        UserError: nothing is there, a picture cannot be used, or an LR does not fit its HR.
+    """
+    least = 2 * scale + metrics.SSIM_SIDE
+    for name, source in _sources(data):
+        try:
+            hr = images.decode(source, channels)
+        except images.PictureError as error:
+            raise UserError(f"{data}: {name} {error}") from None
+        if lr_folder is None:
+            hr = images.crop_to_multiple(hr, scale)
+            lr = images.to_pictures(images.downscale(images.to_batch([hr]), scale))[0]
+        else:
+            path = _find_lr(lr_folder, Path(name).stem, scale)
+            try:
+                lr = images.decode(path, channels)
+            except images.PictureError as error:
+                raise UserError(f"{path} {error}") from None
+            height, width = scale * lr.shape[0], scale * lr.shape[1]
+            over = (hr.shape[0] - height, hr.shape[1] - width)
+            if min(over) < 0 or max(over) >= scale:
+                raise UserError(
+                    f"{path} is {lr.shape[1]}x{lr.shape[0]} pixels, which times {scale} is not the "
+                    f"size of {name} ({hr.shape[1]}x{hr.shape[0]})"
+                )
+            hr = hr[:height, :width]
+        if min(hr.shape[:2]) < least:
+            raise UserError(
+                f"{data}: {name} is {hr.shape[1]}x{hr.shape[0]} pixels; the metrics need {least} "
+                "on each side"
+            )
+        yield Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr))
+
+
+def check_readable(data: str) -> int:
+    """The number of pictures that `read_pairs` will find, without decoding any.
+
+    Raises:
+        UserError: there is none.
+    """
+    if _is_shards(data):
+        return shards.read_index(data).samples
+    return len(_files(data))
+
+
+def evaluate(
+    upscalers: Mapping[str, Upscaler],
+    pairs: Iterable[Pair],
+    *,
+    colour: str,
+    border: int,
+    look: Callable[[Pair, Mapping[str, images.Picture]], None] = lambda pair, results: None,
+) -> list[Row]:
+    """PSNR and SSIM of every upscaler on every pair; `look` is shown each pair and its results."""
+    rows = []
+    for pair in pairs:
+        results = {name: upscaler(pair.lr) for name, upscaler in upscalers.items()}
+        for name, sr in results.items():
+            psnr, ssim = metrics.compare(sr, pair.hr, colour=colour, border=border)
+            rows.append(Row(pair.name, name, min(psnr, _IDENTICAL), ssim))
+        look(pair, results)
+    return rows
+
+
+def averages(rows: Iterable[Row]) -> list[Mean]:
+    """Means over pictures, an upscaler a row, in the order they came."""
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.upscaler, []).append(row)
+    return [
+        Mean(
+            name,
+            sum(row.psnr for row in its) / len(its),
+            sum(row.ssim for row in its) / len(its),
+        )
+        for name, its in by_name.items()
+    ]
+
+
+def classical(method: str, scale: int) -> Upscaler:
+    """One of `images.CLASSICAL_METHODS` as an upscaler."""
+    return lambda lr: images.enlarge(lr, scale, method)
+
+
+def learned(generator: nn.Module, *, scale: int, tile: int) -> Upscaler:
+    """A generator as an upscaler, in LR tiles of `tile` pixels."""
+    return lambda lr: upscale.upscale(generator, lr, scale=scale, tile=tile)
+
+
+def unused_name(wanted: str, taken: Container[str]) -> str:
+    """`wanted`, or `wanted 2`, `wanted 3`, … where that is taken."""
+    names = (wanted if number == 1 else f"{wanted} {number}" for number in itertools.count(1))
+    return next(name for name in names if name not in taken)
+
+
+def file_name(picture: str) -> str:
+    """A picture's name, which may hold folders, as the name of one file without ending."""
+    return Path(picture).with_suffix("").as_posix().strip("./").replace("/", "_")
+
+
+def side_by_side(pair: Pair, results: Mapping[str, images.Picture]) -> images.Picture:
+    """LR (each pixel enlarged), the results and HR in a row, labelled."""
+    height, width = pair.hr.shape[:2]
+    enlarged = images.enlarge(pair.lr, height // pair.lr.shape[0], "nearest")
+    panels = {"LR": enlarged, **results, "HR": pair.hr}
+    size = (len(panels) * (width + _GAP) - _GAP, height + _LABEL_HEIGHT)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (label, picture) in enumerate(panels.items()):
+        left = number * (width + _GAP)
+        draw.text((left + 2, 2), label, fill="black")
+        canvas.paste(images.to_pillow(picture), (left, _LABEL_HEIGHT))
+    return np.asarray(canvas)
+
+
+def _sources(data: str) -> Iterator[tuple[str, bytes | Path]]:
+    if not _is_shards(data):
+        yield from _files(data)
+        return
+    index = shards.read_index(data)
+    for number, shard in enumerate(index.shards):
+        address, count = index.address(number), 0
+        try:
+            with shards.open_address(address) as file:
+                for sample in shards.read_samples(file, address):
+                    count += 1
+                    yield sample["__key__"], sample["picture"]
+        except (OSError, EOFError) as error:
+            raise UserError(f"shard {address}: damaged after sample {count}: {error}") from None
+        if count != shard.count:
+            raise UserError(f"shard {address}: {count} samples, the index says {shard.count}")
+
+
+def _is_shards(data: str) -> bool:
+    return data.endswith(".json") or "://" in data or (Path(data) / shards.INDEX_NAME).is_file()
+
+
+def _files(data: str) -> list[tuple[str, bytes | Path]]:
+    path = Path(data)
+    if path.is_file() and path.suffix.lower() in images.SUFFIXES:
+        return [(path.name, path)]
+    return [(name, picture) for picture, name in images.list_pictures(path)]
+
+
+def _find_lr(folder: Path, stem: str, scale: int) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; expected a folder of LR pictures")
+    names = (stem, f"{stem}x{scale}", f"{stem}_x{scale}")
+    for path in images.find(folder):
+        if path.stem in names:
+            return path
+    raise UserError(f"{folder} holds no LR picture for {stem}: looked for {', '.join(names)}")

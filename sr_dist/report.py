@@ -1,0 +1,222 @@
+"""The results of an evaluation as files: metrics.json, metrics.csv, pictures and report.html."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sr_dist import evaluate, images
+
+_ZOOM_SIDE = 64  # HR pixels of the enlarged detail
+_ZOOM = 4
+
+Summary = dict[str, Any]
+
+
+class Writer:
+    """Collects pictures as they are evaluated (`add`), then writes the rest (`finish`)."""
+
+    def __init__(self, folder: Path, *, scale: int, protocol: dict[str, object]) -> None:
+        self.folder = folder
+        self.scale = scale
+        self.protocol = protocol
+        self.sections: list[tuple[str, str]] = []  # (picture, HTML)
+
+    def add(self, pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
+        """Write the side-by-side picture; keep what the report shows of it."""
+        name = evaluate.file_name(pair.name)
+        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
+        images.save(evaluate.side_by_side(pair, results), self.folder / "pictures" / f"{name}.png")
+        shown = {
+            "LR": images.enlarge(pair.lr, self.scale, "nearest"),
+            **results,
+            "HR": pair.hr,
+        }
+        self.sections.append((pair.name, _section(pair, results, shown)))
+
+    def finish(self, rows: Sequence[evaluate.Row]) -> Summary:
+        """Write the metrics and the report. Returns the content of metrics.json."""
+        means = evaluate.averages(rows)
+        summary = {
+            "scale": self.scale,
+            "protocol": self.protocol,
+            "images": len(self.sections),
+            "results": [
+                {"name": mean.upscaler, "psnr": round(mean.psnr, 4), "ssim": round(mean.ssim, 6)}
+                for mean in means
+            ],
+        }
+        _write(self.folder / "metrics.json", json.dumps(summary, indent=1) + "\n")
+        _write(self.folder / "metrics.csv", _csv(rows))
+        _write(self.folder / "report.html", self._html(rows, means))
+        return summary
+
+    def _html(self, rows: Sequence[evaluate.Row], means: Sequence[evaluate.Mean]) -> str:
+        of_picture: dict[str, list[evaluate.Row]] = {}
+        for row in rows:
+            of_picture.setdefault(row.picture, []).append(row)
+        sections = "".join(
+            f"<section><h2>{html.escape(name)}</h2>{_table(of_picture[name])}{body}</section>"
+            for name, body in self.sections
+        )
+        return _PAGE.format(
+            title=f"Super-resolution ×{self.scale}",
+            count=len(self.sections),
+            protocol=html.escape(_in_words(self.protocol, self.scale)),
+            means=_table(means),
+            sections=sections,
+        )
+
+
+def _in_words(protocol: Mapping[str, object], scale: int) -> str:
+    colour = {
+        "y": "the BT.601 luma channel (gray pictures as they are)",
+        "rgb": "all colour channels",
+    }[str(protocol["colour"])]
+    return (
+        f"Results are rounded to 8 bits and compared with the HR picture on {colour}, leaving out "
+        f"{protocol['border']} pixels at every border, data range {protocol['data_range']}. SSIM: "
+        f"{protocol['ssim']}, over the places where the window fits. Both are computed for each "
+        f"picture and then averaged. Enlargement ×{scale}. The pictures below are compressed for "
+        "this page (WebP, quality 92); exact ones lie beside it in pictures/."
+    )
+
+
+def _csv(rows: Sequence[evaluate.Row]) -> str:
+    names = list(dict.fromkeys(row.upscaler for row in rows))
+    columns = ["picture", *(f"{name} {metric}" for name in names for metric in ("psnr", "ssim"))]
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault(row.picture, {"picture": row.picture})
+        line[f"{row.upscaler} psnr"] = f"{row.psnr:.4f}"
+        line[f"{row.upscaler} ssim"] = f"{row.ssim:.6f}"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines.values())
+    return text.getvalue()
+
+
+def _table(rows: Sequence[evaluate.Row] | Sequence[evaluate.Mean]) -> str:
+    body = "".join(
+        f"<tr><th>{html.escape(row.upscaler)}</th><td>{row.psnr:.2f}</td><td>{row.ssim:.4f}</td></tr>"
+        for row in rows
+    )
+    return f"<table><tr><th></th><th>PSNR dB</th><th>SSIM</th></tr>{body}</table>"
+
+
+def _section(
+    pair: evaluate.Pair, results: Mapping[str, images.Picture], shown: Mapping[str, images.Picture]
+) -> str:
+    """The slider over two pictures of choice, and the detail where they differ most."""
+    first, last = next(iter(results)), list(results)[-1]
+    if first == last:
+        last = "HR"
+    layers = "".join(
+        f'<img data-name="{html.escape(name)}" src="{_inline(picture)}" alt="{html.escape(name)}">'
+        for name, picture in shown.items()
+    )
+
+    def options(chosen: str) -> str:
+        return "".join(
+            f"<option{' selected' if name == chosen else ''}>{html.escape(name)}</option>"
+            for name in shown
+        )
+
+    top, left, side = _most_different(shown[first], shown[last])
+    zooms = "".join(
+        f'<figure><img src="{_inline(picture[top : top + side, left : left + side], exact=True)}" '
+        f'width="{side * _ZOOM}" alt=""><figcaption>{html.escape(name)}</figcaption></figure>'
+        for name, picture in shown.items()
+    )
+    height, width = pair.hr.shape[:2]
+    return (
+        f'<div class="slider" style="max-width:{width}px;aspect-ratio:{width}/{height}">{layers}'
+        '<div class="line"></div>'
+        '<input type="range" min="0" max="1000" value="500" aria-label="divide"></div>'
+        f'<p class="choice">left <select class="left">{options(first)}</select> '
+        f'right <select class="right">{options(last)}</select></p>'
+        f'<div class="zooms">{zooms}</div>'
+        f'<p class="place">detail at x {left}, y {top}, {side} pixels wide, where '
+        f"{html.escape(first)} and {html.escape(last)} differ most</p>"
+    )
+
+
+def _most_different(a: images.Picture, b: images.Picture) -> tuple[int, int, int]:
+    """(top, left, side) of the square of `_ZOOM_SIDE` pixels with the largest squared error."""
+    error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean(axis=2)
+    side = min(_ZOOM_SIDE, *error.shape)
+    total = np.pad(error, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    top, left = np.unravel_index(int(sums.argmax()), sums.shape)
+    return int(top), int(left), side
+
+
+def _inline(picture: images.Picture, exact: bool = False) -> str:
+    buffer = io.BytesIO()
+    images.to_pillow(np.ascontiguousarray(picture)).save(
+        buffer, format="webp", lossless=exact, quality=92 if not exact else 50
+    )
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem;
+  color: #222; background: #fafafa }}
+table {{ border-collapse: collapse; margin: .5rem 0 }}
+th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
+th:first-child {{ text-align: left }}
+section {{ margin: 3rem 0 }}
+.slider {{ position: relative; width: 100%; overflow: hidden; background: #ddd }}
+.slider img {{ position: absolute; inset: 0; width: 100%; height: 100%; visibility: hidden }}
+.slider .line {{ position: absolute; top: 0; bottom: 0; width: 2px; background: #fff;
+  box-shadow: 0 0 3px #000; pointer-events: none }}
+.slider input {{ position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
+  cursor: ew-resize }}
+.zooms {{ display: flex; flex-wrap: wrap; gap: .6rem }}
+.zooms img {{ image-rendering: pixelated; display: block }}
+figure {{ margin: 0 }} figcaption, .place, .choice {{ color: #666; font-size: 13px }}
+</style>
+<h1>{title}</h1>
+<p>{protocol}</p>
+<h2>Mean over {count} pictures</h2>
+{means}
+{sections}
+<script>
+for (const section of document.querySelectorAll("section")) {{
+  const slider = section.querySelector(".slider"), range = slider.querySelector("input");
+  const left = section.querySelector(".left"), right = section.querySelector(".right");
+  const draw = () => {{
+    const share = range.value / 10;
+    for (const img of slider.querySelectorAll("img")) {{
+      const isLeft = img.dataset.name === left.value, isRight = img.dataset.name === right.value;
+      img.style.visibility = isLeft || isRight ? "visible" : "hidden";
+      img.style.zIndex = isLeft ? 1 : 0;
+      img.style.clipPath = isLeft && !isRight ? `inset(0 ${{100 - share}}% 0 0)` : "none";
+    }}
+    const line = slider.querySelector(".line");
+    line.style.left = `calc(${{share}}% - 1px)`; line.style.zIndex = 2; range.style.zIndex = 3;
+  }};
+  for (const part of [range, left, right]) part.addEventListener("input", draw);
+  draw();
+}}
+</script>
+</html>
+"""

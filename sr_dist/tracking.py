@@ -1,0 +1,200 @@
+"""What a run says of itself: TensorBoard, the CSV, sample pictures, the progress line."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from sr_dist import images
+
+log = logging.getLogger(__name__)
+
+# The columns of the CSV that are means over an epoch's steps, and the scalars they come from.
+EPOCH_MEANS = {
+    "Loss_D": "loss/discriminator",
+    "Loss_G": "loss/generator",
+    "Score_D": "score/hr",
+    "Score_G": "score/sr",
+}
+CSV_COLUMNS = ("Epoch", *EPOCH_MEANS, "PSNR", "SSIM")
+
+
+class Tracker:
+    """Writes into the run's folder, for rank 0; `Silent` has the same methods for the others.
+
+    `first_step`: where a resumed run goes on; TensorBoard points and CSV rows of a run that had got
+    further before it stopped are dropped, so none is doubled.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, first_epoch: int) -> None:
+        self.folder = folder
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.csv = folder / "logs" / "metrics_1_train_results.csv"
+        self.rows = [row for row in _read_rows(self.csv) if int(row["Epoch"]) <= first_epoch]
+
+    def config(self, text: str, step: int) -> None:
+        block = "".join(f"    {line}\n" for line in text.splitlines())
+        self.writer.add_text("config", block, step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, name: str, picture: images.Picture, epoch: int, step: int) -> None:
+        """Into `samples/epoch_N/NAME.png` and TensorBoard."""
+        path = self.folder / "samples" / f"epoch_{epoch}" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images.save(picture, path)
+        self.writer.add_image(
+            f"samples/{name}", np.ascontiguousarray(picture), step, dataformats="HWC"
+        )
+
+    def epoch(self, values: Mapping[str, float | int | str]) -> None:
+        """Append a row of `CSV_COLUMNS`; the file always holds all epochs so far."""
+        self.rows.append({column: str(values[column]) for column in CSV_COLUMNS})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        self.csv.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.csv.with_suffix(".part")
+        partial.write_text(text.getvalue(), encoding="utf-8")
+        os.replace(partial, self.csv)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Silent(Tracker):
+    """Does nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def config(self, text: str, step: int) -> None: ...
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
+    def picture(self, name: str, picture: images.Picture, epoch: int, step: int) -> None: ...
+    def epoch(self, values: Mapping[str, float | int | str]) -> None: ...
+    def close(self) -> None: ...
+
+
+class EpochMeans:
+    """Sums of the `EPOCH_MEANS` scalars, kept on the device: adding waits for nothing.
+
+    `sums`: (2, n) float64, the sums and how often each was added. A sum over ranks is the whole;
+    a rank that goes on from a checkpoint starts with it, the others with zeros.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, len(EPOCH_MEANS), dtype=torch.float64, device=device)
+
+    def add(self, scalars: Mapping[str, Tensor]) -> None:
+        for column, name in enumerate(EPOCH_MEANS.values()):
+            if name in scalars:
+                self.sums[0, column] += scalars[name]
+                self.sums[1, column] += 1
+
+    def restart(self) -> None:
+        self.sums.zero_()
+
+
+def epoch_row(sums: Tensor) -> dict[str, float | str]:
+    """The means by column, from `EpochMeans.sums`; empty where nothing was added."""
+    totals, counts = sums.tolist()
+    return {
+        column: total / count if count else ""
+        for column, total, count in zip(EPOCH_MEANS, totals, counts, strict=True)
+    }
+
+
+class Progress:
+    """One line that says how far the run is: live on a terminal, now and then in a log.
+
+    Counts pictures (HR crops) over all ranks. Also keeps the time spent waiting for data.
+    """
+
+    def __init__(self, *, total: int, done: int, visible: bool) -> None:
+        self.total, self.done, self.first = total, done, done
+        self.started = self.marked = time.perf_counter()
+        self.waited = self.waited_at_mark = 0.0
+        self.done_at_mark = done
+        live = visible and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="picture", smoothing=0.05) if live else None
+        self.visible = visible
+
+    def advance(self, pictures: int, waited: float) -> None:
+        """After a step: `waited` seconds passed before its batch was there."""
+        self.done += pictures
+        self.waited += waited
+        if self.bar is not None:
+            self.bar.update(pictures)
+
+    def report(self, epoch: str, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Show the line, with the losses among `scalars`.
+
+        Returns pictures/s and the share of time waited for data, both since the last report.
+        """
+        now = time.perf_counter()
+        elapsed = now - self.marked
+        rate = (self.done - self.done_at_mark) / elapsed
+        share = (self.waited - self.waited_at_mark) / elapsed
+        self.marked, self.done_at_mark, self.waited_at_mark = now, self.done, self.waited
+        shown = " ".join(
+            f"{name.removeprefix('loss/')} {value:.4f}"
+            for name, value in scalars.items()
+            if name.startswith("loss/")
+        )
+        if self.bar is not None:
+            self.bar.set_description(f"epoch {epoch}", refresh=False)
+            self.bar.set_postfix_str(f"data wait {share:.1%} {shown}")
+        elif self.visible:
+            overall = (self.done - self.first) / (now - self.started)
+            log.info(
+                "epoch %s  %d/%d pictures  %.1f pictures/s  %s left  data wait %.1f%%  %s",
+                epoch,
+                self.done,
+                self.total,
+                rate,
+                _clock((self.total - self.done) / overall),
+                100 * share,
+                shown,
+            )
+        return {"speed/pictures_per_second": rate, "speed/data_wait_share": share}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of work that is no training out of pictures/s (not out of time left)."""
+        started = time.perf_counter()
+        yield
+        self.marked += time.perf_counter() - started
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,350 @@
+"""A training run from configuration to results, on this process's share of the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sr_dist import (
+    __version__,
+    checkpoint,
+    distributed,
+    evaluate,
+    gan,
+    images,
+    metrics,
+    models,
+    shards,
+    stream,
+    tracking,
+)
+from sr_dist.config import Config, to_yaml
+from sr_dist.distributed import Processes
+from sr_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    folder: Path
+    means: list[evaluate.Mean]  # of the last evaluation: bicubic and the model; empty off rank 0
+    protocol: dict[str, object]
+
+
+def run(config: Config) -> Result:
+    """Train as configured, from the newest checkpoint of the run if there is one.
+
+    Raises:
+        UserError: the configuration does not fit the data, the machine or the run's checkpoint.
+    """
+    processes = distributed.start(config.train.mixed_precision, config.run.seed)
+    try:
+        return _run(config, processes)
+    finally:
+        processes.end()
+
+
+def _run(config: Config, processes: Processes) -> Result:
+    data, batch_size = config.data, config.train.global_batch_size
+    folder = Path(config.run.output_dir) / config.run.name
+
+    # Everything that can be wrong is looked at before anything is written.
+    if batch_size % processes.world_size:
+        raise UserError(
+            f"train.global_batch_size {batch_size} does not divide among {processes.world_size} "
+            "processes; choose a multiple of their number"
+        )
+    index = shards.read_index(data.train)
+    if index.channels < data.channels:
+        raise UserError(f"{data.train} holds gray pictures, but data.channels is {data.channels}")
+    plan = shards.make_plan(
+        index,
+        seed=config.run.seed,
+        global_batch_size=batch_size,
+        crops_per_image=data.crops_per_image,
+        crop_size=data.crop_size,
+    )
+    validation_pictures = evaluate.check_readable(data.validation)
+    identity = _identity(config, plan)
+    start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
+    settings = dataclasses.asdict(config)
+    objective = gan.build_objective(**settings["loss"], device=processes.device)
+    networks = gan.build_networks(
+        processes,
+        generator=identity["generator"],
+        discriminator=identity["discriminator"],
+        optimizer=settings["optimizer"],
+        half_life=config.train.ema_half_life,
+    )
+
+    # Where the run stands.
+    first_step = 0
+    steps_per_epoch = plan.steps_per_epoch
+    total_steps = steps_per_epoch * config.train.epochs
+    epoch_means = tracking.EpochMeans(processes.device)
+    if start is not None:
+        first_step = start.step
+        _restore(start, processes, networks, epoch_means)
+    step_of_ranks = processes.means({"first": torch.tensor(first_step, device=processes.device)})
+    if step_of_ranks["first"] != first_step:
+        raise UserError(
+            f"rank {processes.rank} would go on from step {first_step}, others from elsewhere; "
+            f"{folder} must lie on storage that all machines share"
+        )
+    tracker: tracking.Tracker = tracking.Silent()
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        tracker = tracking.Tracker(
+            folder, first_step=first_step, first_epoch=first_step // steps_per_epoch
+        )
+        tracker.config(to_yaml(config), first_step)
+        log.info(
+            "%d process(es) on %s, precision %s; %s parameters in the generator",
+            processes.world_size,
+            processes.device.type,
+            processes.mixed_precision,
+            f"{models.count_parameters(networks.generator):,}",
+        )
+        log.info(
+            "%d samples in %d shard(s), %d of them left out of each epoch; %d steps of %d crops an "
+            "epoch; %d validation picture(s)",
+            index.samples,
+            len(index.shards),
+            plan.left_out_per_epoch,
+            steps_per_epoch,
+            batch_size,
+            validation_pictures,
+        )
+        if start is not None:
+            log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
+    batches = stream.batches(
+        stream.CropStream(
+            index=index,
+            plan=plan,
+            scale=data.scale,
+            channels=data.channels,
+            crop_size=data.crop_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            first_step=first_step,
+            last_step=total_steps,
+        ),
+        num_workers=data.num_workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+    progress = tracking.Progress(
+        total=total_steps * batch_size, done=first_step * batch_size, visible=processes.is_main
+    )
+
+    means: list[evaluate.Mean] = []
+    for step in range(first_step + 1, total_steps + 1):
+        images_seen = (step - 1) * batch_size
+        asked = time.perf_counter()
+        lr, hr = next(batches)
+        waited = time.perf_counter() - asked
+        rates = gan.set_learning_rates(
+            networks, settings["optimizer"], images_seen, total_steps * batch_size
+        )
+        scalars = gan.training_step(
+            processes,
+            networks,
+            objective,
+            lr,
+            hr,
+            warming_up=images_seen < config.train.warmup_images,
+            images_seen=images_seen,
+            images=batch_size,
+        )
+        epoch_means.add(scalars)
+        progress.advance(batch_size, waited)
+
+        epoch, ends_epoch = (step - 1) // steps_per_epoch + 1, step % steps_per_epoch == 0
+        if ends_epoch or step % config.tracking.log_every_steps == 0:
+            values = processes.means(scalars)
+            _stop_on_nonfinite(values, step)
+            speed = progress.report(f"{epoch}/{config.train.epochs}", values)
+            learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
+            tracker.scalars({**values, **speed, **learning_rates}, step)
+        saves = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+        if not (ends_epoch or saves):
+            continue
+
+        with progress.paused():
+            processes.average_buffers(*networks.weights.values())
+            epoch_sums = processes.sum(epoch_means.sums)
+            if ends_epoch and processes.is_main:
+                if epoch % config.evaluation.every_epochs == 0 or step == total_steps:
+                    means = _evaluate(config, networks.evaluated(), tracker, epoch, step)
+                _end_epoch(folder, config, networks, identity, tracker, epoch, epoch_sums, means)
+            if ends_epoch:
+                epoch_sums.zero_()
+            # From here on rank 0 alone holds what all ranks have summed, as after a restart.
+            epoch_means.sums.copy_(epoch_sums if processes.is_main else 0 * epoch_sums)
+            if processes.is_main:
+                _save(folder, config, processes, networks, identity, epoch_sums, step, epoch)
+            processes.wait()
+
+    progress.close()
+    if first_step >= total_steps and processes.is_main:
+        log.info("%s is complete; raise train.epochs to train it further", folder)
+        means = _evaluate(
+            config, networks.evaluated(), tracking.Silent(), config.train.epochs, first_step
+        )
+    tracker.close()
+    return Result(folder, means, metrics.protocol(config.evaluation.protocol, data.scale))
+
+
+def _identity(config: Config, plan: shards.Plan) -> dict[str, Any]:
+    """What a run cannot change on its way: its networks, and what a step number means."""
+    data, model = config.data, config.model
+    return {
+        "generator": {
+            **dataclasses.asdict(model.generator),
+            "scale": data.scale,
+            "channels": data.channels,
+        },
+        "discriminator": (
+            {**dataclasses.asdict(model.discriminator), "channels": data.channels}
+            if config.loss.adversarial.weight
+            else None
+        ),
+        "data": {
+            "samples": sum(plan.counts),
+            "seed": plan.seed,
+            "global_batch_size": plan.global_batch_size,
+            "crops_per_image": plan.crops_per_image,
+            "crop_size": data.crop_size,
+        },
+    }
+
+
+def _restore(
+    start: checkpoint.Checkpoint,
+    processes: Processes,
+    networks: gan.Networks,
+    epoch_means: tracking.EpochMeans,
+) -> None:
+    for name, module in networks.weights.items():
+        # An average that the run did not keep before starts from the generator.
+        held = name if start.has(name) else "generator"
+        checkpoint.load_weights(module, start.weights(held), str(start.folder))
+    state = start.training()
+    for name, optimizer in networks.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    processes.load_scaler_state(state["scaler"])
+    if processes.is_main:
+        epoch_means.sums.copy_(state["epoch_sums"])
+
+
+def _save(
+    folder: Path,
+    config: Config,
+    processes: Processes,
+    networks: gan.Networks,
+    identity: Mapping[str, Any],
+    epoch_sums: torch.Tensor,
+    step: int,
+    epoch: int,
+) -> None:
+    checkpoint.save(
+        folder / "checkpoints",
+        step=step,
+        weights=networks.weights,
+        training={
+            "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
+            "scaler": processes.scaler_state(),
+            "epoch_sums": epoch_sums.cpu(),
+        },
+        meta={
+            **identity,
+            "epoch": epoch,
+            "images_seen": step * config.train.global_batch_size,
+            "world_size": processes.world_size,
+            "versions": {"sr_dist": __version__, "torch": torch.__version__},
+        },
+        keep=config.checkpoint.keep,
+    )
+
+
+def _evaluate(
+    config: Config, generator: nn.Module, tracker: tracking.Tracker, epoch: int, step: int
+) -> list[evaluate.Mean]:
+    """Bicubic and the model on the validation pictures; the first few go to the tracker."""
+    scale, shown = config.data.scale, 0
+
+    def look(pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
+        nonlocal shown
+        if shown < config.evaluation.samples:
+            picture = evaluate.side_by_side(pair, results)
+            tracker.picture(evaluate.file_name(pair.name), picture, epoch, step)
+        shown += 1
+
+    upscalers = {
+        "bicubic": evaluate.classical("bicubic", scale),
+        "SR": evaluate.learned(generator, scale=scale, tile=config.evaluation.tile),
+    }
+    pairs = evaluate.read_pairs(config.data.validation, scale=scale, channels=config.data.channels)
+    rows = evaluate.evaluate(
+        upscalers, pairs, colour=config.evaluation.protocol, border=scale, look=look
+    )
+    means = evaluate.averages(rows)
+    for mean in means:
+        log.info(
+            "epoch %d  %-8s PSNR %.3f dB  SSIM %.4f", epoch, mean.upscaler, mean.psnr, mean.ssim
+        )
+        tracker.scalars(
+            {f"psnr/{mean.upscaler}": mean.psnr, f"ssim/{mean.upscaler}": mean.ssim}, step
+        )
+    return means
+
+
+def _end_epoch(
+    folder: Path,
+    config: Config,
+    networks: gan.Networks,
+    identity: Mapping[str, Any],
+    tracker: tracking.Tracker,
+    epoch: int,
+    epoch_sums: torch.Tensor,
+    means: list[evaluate.Mean],
+) -> None:
+    """The row of the CSV, and the networks in the published format."""
+    evaluated = epoch % config.evaluation.every_epochs == 0 or epoch == config.train.epochs
+    tracker.epoch(
+        {
+            "Epoch": epoch,
+            **tracking.epoch_row(epoch_sums),
+            "PSNR": means[-1].psnr if evaluated else "",
+            "SSIM": means[-1].ssim if evaluated else "",
+        }
+    )
+    name = f"{config.data.scale}x_epoch{epoch}.pth.tar"
+    checkpoint.save_published(
+        networks.evaluated(), folder / "models" / f"netG_{name}", identity["generator"]
+    )
+    if networks.discriminator is not None:
+        checkpoint.save_published(
+            networks.discriminator, folder / "models" / f"netD_{name}", identity["discriminator"]
+        )
+
+
+def _stop_on_nonfinite(values: Mapping[str, float], step: int) -> None:
+    """On every rank alike, since the values are means over ranks."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {step}. Run again to go on from the last checkpoint, "
+                "with a lower learning rate or without mixed precision."
+            )

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Write pictures as tar shards for streaming, index shards made by others, or verify shards."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sr_dist.errors import UserError, exit_on_user_error
+
+EXAMPLE = """
+examples:
+  python tools/make_shards.py --images data/images/train.txt --output data/shards
+  python tools/make_shards.py index laion/00000.tar laion/00001.tar
+  python tools/make_shards.py verify data/shards
+
+Output: WebDataset tars (shard-000000.tar, …) with a picture and a .json for each sample, index.json
+with count, bytes and sha256 of each tar, and rejects.jsonl where pictures could not be used. The
+same pictures and options give the same bytes with any number of workers. A stopped run goes on with
+the same command.
+"""
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="make_shards.py --images DIR|LIST --output DIR [options]\n"
+        "       make_shards.py index TAR|DIR…\n"
+        "       make_shards.py verify DIR|INDEX…",
+    )
+    if words[:1] and words[0] in ("index", "verify"):
+        parser.add_argument("command", choices=("index", "verify"))
+        parser.add_argument("shards", nargs="+", metavar="SHARDS")
+        return parser.parse_args(words)
+    parser.add_argument(
+        "--images", required=True, type=Path, metavar="DIR|LIST", help="a folder, or a path a line"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="N",
+        help="cut pictures into tiles of at least N pixels a side (default 256); 0: whole pictures",
+    )
+    parser.add_argument(
+        "--encode",
+        choices=("webp", "png", "jpeg", "keep"),
+        default="webp",
+        help="webp: lossless (default); jpeg: quality 95; keep: the original bytes, whole",
+    )
+    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="about")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: gray")
+    parser.add_argument(
+        "--min-size", type=int, default=96, metavar="N", help="reject pictures with a shorter side"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("--strict", action="store_true", help="stop at the first rejected picture")
+    return parser.parse_args(words)
+
+
+def progress(items, what, total):  # type: ignore[no-untyped-def]
+    return tqdm(items, desc=what, total=total, disable=None)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    arguments = parse_arguments(words)
+    with exit_on_user_error():
+        if getattr(arguments, "command", "") == "index":
+            index(arguments.shards)
+        elif getattr(arguments, "command", "") == "verify":
+            verify(arguments.shards)
+        else:
+            write(arguments)
+
+
+def write(arguments: argparse.Namespace) -> None:
+    from sr_dist import images, shard_writer
+
+    if arguments.encode == "keep" and arguments.tile:
+        raise UserError("--encode keep stores whole pictures; leave --tile out")
+    tile = arguments.tile if arguments.tile is not None else 256
+    for name, value, least in (
+        ("--tile", tile, 0),
+        ("--samples-per-shard", arguments.samples_per_shard, 1),
+        ("--min-size", arguments.min_size, 1),
+        ("--workers", arguments.workers, 1),
+        ("--seed", arguments.seed, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name}: expected {least} or more, found {value}")
+    options = shard_writer.Options(
+        tile=0 if arguments.encode == "keep" else tile,
+        encode=arguments.encode,
+        samples_per_shard=arguments.samples_per_shard,
+        channels=arguments.channels,
+        min_size=arguments.min_size,
+        seed=arguments.seed,
+    )
+    result = shard_writer.write(
+        images.list_pictures(arguments.images),
+        arguments.output,
+        options,
+        workers=arguments.workers,
+        strict=arguments.strict,
+        progress=progress,
+    )
+    done = "complete already: " if result.already_complete else ""
+    rejected = f", {result.rejects} rejected (rejects.jsonl)" if result.rejects else ""
+    print(
+        f"{arguments.output}: {done}{result.samples} samples in {result.shards} shard(s){rejected}"
+    )
+
+
+def index(given: list[str]) -> None:
+    from sr_dist import shard_writer
+
+    tars: list[Path] = []
+    for path in map(Path, given):
+        if path.is_dir():
+            tars += sorted(path.glob("*.tar"))
+        elif path.is_file():
+            tars.append(path)
+        else:
+            raise UserError(f"{path} does not exist; expected a tar or a folder of tars")
+    if not tars:
+        raise UserError(f"no tars in {', '.join(given)}")
+    target = shard_writer.index(tars, progress)
+    print(f"{target}: {len(tars)} shard(s)")
+
+
+def verify(given: list[str]) -> None:
+    from sr_dist import shard_writer
+
+    problems = [problem for address in given for problem in shard_writer.verify(address, progress)]
+    if problems:
+        raise UserError(f"{len(problems)} problem(s):\n  " + "\n  ".join(problems))
+    print("all shards are whole")
+
+
+if __name__ == "__main__":
+    main()

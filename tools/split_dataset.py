@@ -1,0 +1,41 @@
+#!/usr/bin/env python
+"""Divide a folder of pictures into training and validation lists."""
+
+import argparse
+from pathlib import Path
+
+from sr_dist.errors import exit_on_user_error
+
+EXAMPLE = """
+example:
+  python tools/split_dataset.py --images data/images --val-fraction 0.1
+
+Writes train.txt and val.txt into the folder. The bytes of a picture (and --seed) decide where it
+goes, and a picture that is listed already stays where it is, so new pictures move none of the old
+ones. Delete the lists to divide afresh.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--val-fraction", type=float, default=0.1, metavar="F")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another division")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with exit_on_user_error():
+        from sr_dist import dataset
+
+        train, validation = dataset.split(arguments.images, arguments.val_fraction, arguments.seed)
+    print(f"{arguments.images}: {len(train)} for training, {len(validation)} for validation")
+
+
+if __name__ == "__main__":
+    main()
