@@ -19,7 +19,7 @@ python tools/make_shards.py --images $data/images/train.txt --output $data/shard
 hardware=cpu
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then hardware=single_gpu; fi
 accelerate launch --config_file launch/accelerate/$hardware.yaml \
-  --num_cpu_threads_per_process "$(python -c 'import os; print(len(os.sched_getaffinity(0)))')" \
+  --num_cpu_threads_per_process "$(python -c 'import os; print(os.cpu_count())')" \
   launch/train.py --config configs/quickstart.yaml "$@"
 
 cat <<'TEXT'
