@@ -64,7 +64,8 @@ def _is_sample_photograph(path: Path) -> bool:
         picture = images.decode(path, 3)
     except (OSError, images.PictureError):
         return False
-    return len(np.unique(picture.reshape(-1, 3), axis=0)) >= _LEAST_COLOURS
+    colours = np.unique(picture.astype(np.int32) @ np.array([65536, 256, 1]))
+    return len(colours) >= _LEAST_COLOURS
 
 
 def find_pictures(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:

@@ -179,12 +179,11 @@ def _sources(data: str) -> Iterator[tuple[str, bytes | Path]]:
     for number, shard in enumerate(index.shards):
         address, count = index.address(number), 0
         try:
-            with shards.open_address(address) as file:
-                for sample in shards.read_samples(file, address):
-                    count += 1
-                    yield sample["__key__"], sample["picture"]
-        except (OSError, EOFError) as error:
-            raise UserError(f"shard {address}: damaged after sample {count}: {error}") from None
+            for sample in shards.read_samples(address):
+                count += 1
+                yield sample["__key__"], sample["picture"]
+        except shards.DamagedShard as error:
+            raise UserError(f"shard {address} is damaged: {error}") from None
         if count != shard.count:
             raise UserError(f"shard {address}: {count} samples, the index says {shard.count}")
 

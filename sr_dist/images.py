@@ -88,7 +88,7 @@ def read_size(source: bytes | Path) -> tuple[int, int]:
     """
     with _open(source) as image:
         width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) in _TRANSPOSING_ORIENTATIONS:
+        if _orientation(image) in _TRANSPOSING_ORIENTATIONS:
             width, height = height, width
     return height, width
 
@@ -104,10 +104,7 @@ def decode(source: bytes | Path, channels: int) -> Picture:
         PictureError: the bytes are no whole picture, or of a kind that is refused.
     """
     with _open(source) as image:
-        try:
-            image.load()
-        except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
-            raise PictureError(f"cannot be decoded: {error}") from error
+        _load(image)
         return to_array(image, channels)
 
 
@@ -117,10 +114,7 @@ def decode_with_alpha(source: bytes | Path) -> tuple[Picture, Picture | None]:
     The colour below transparent places is kept as stored, not composited.
     """
     with _open(source) as image:
-        try:
-            image.load()
-        except Exception as error:
-            raise PictureError(f"cannot be decoded: {error}") from error
+        _load(image)
         image = ImageOps.exif_transpose(image)
         gray = image.mode in ("1", "L", "LA")
         if not image.has_transparency_data:
@@ -131,7 +125,7 @@ def decode_with_alpha(source: bytes | Path) -> tuple[Picture, Picture | None]:
 
 def to_array(image: Image.Image, channels: int) -> Picture:
     """An opened Pillow image as (H, W, `channels`) uint8; see `decode` for what becomes of what."""
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         colour = image.convert("RGBA")
@@ -236,6 +230,20 @@ def luma(pictures: Tensor) -> Tensor:
         return pictures
     weights = pictures.new_tensor([65.481, 128.553, 24.966]) / 255
     return 16 + (pictures * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
+        raise PictureError(f"cannot be decoded: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))  # decodes a PNG: EXIF may lie at its end
+    except Exception as error:
+        raise PictureError(f"cannot be decoded: {error}") from error
 
 
 def _open(source: bytes | Path) -> Image.Image:

@@ -166,15 +166,16 @@ def index(tars: Sequence[Path], progress: Progress[Any] = lambda items, what, to
     for tar in progress(tars, "indexing", len(tars)):
         count = 0
         try:
-            with tar.open("rb") as file:
-                for sample in shards.read_samples(file, tar.name):
-                    sides.append(min(images.read_size(sample["picture"])))
-                    if channels == 1:
-                        with Image.open(io.BytesIO(sample["picture"])) as image:
-                            channels = 1 if image.mode in ("1", "L", "LA") else 3
-                    count += 1
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{tar}: sample {count}: {error}") from None
+            for sample in shards.read_samples(str(tar)):
+                count += 1
+                sides.append(min(images.read_size(sample["picture"])))
+                if channels == 1:
+                    with Image.open(io.BytesIO(sample["picture"])) as image:
+                        channels = 1 if image.mode in ("1", "L", "LA") else 3
+        except shards.DamagedShard as error:
+            raise UserError(f"{tar} is damaged: {error}") from None
+        except images.PictureError as error:
+            raise UserError(f"{tar}: sample {sample['__key__']} {error}") from None
         digest, size = shards.sha256_of_file(str(tar))
         listed.append(shards.Shard(tar.name, count, size, digest))
     if not sides:
@@ -201,12 +202,11 @@ def verify(address: str, progress: Progress[Any] = lambda items, what, total: it
             problems.append(f"{where}: its sha256 is not the index's; its bytes were changed")
         count = 0
         try:
-            with shards.open_address(where) as file:
-                for sample in shards.read_samples(file, where):
-                    count += 1
-                    problems += _picture_problems(where, sample, found)
-        except (OSError, ValueError, EOFError) as error:
-            problems.append(f"{where}: damaged after sample {count}: {error}")
+            for sample in shards.read_samples(where):
+                count += 1
+                problems += _picture_problems(where, sample, found)
+        except shards.DamagedShard as error:
+            problems.append(f"{where}: damaged: {error}")
         if count != shard.count:
             problems.append(f"{where}: {count} samples, the index says {shard.count}")
     return problems
@@ -216,7 +216,7 @@ def _picture_problems(where: str, sample: dict[str, Any], found: shards.Index) -
     try:
         picture = images.decode(sample["picture"], found.channels)
     except images.PictureError as error:
-        yield f"{where}: sample {sample['__key__']}: {error}"
+        yield f"{where}: sample {sample['__key__']} {error}"
         return
     if min(picture.shape[:2]) < found.smallest_side:
         side = min(picture.shape[:2])

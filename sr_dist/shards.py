@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -125,18 +126,34 @@ def open_address(address: str) -> BinaryIO:
     return file
 
 
-def read_samples(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
-    """The samples of an opened tar that hold a picture: dictionaries of member bytes by ending.
+class DamagedShard(ValueError):
+    """A tar that cannot be read to its end; the message is the reason, without the tar's name."""
 
-    Adds `__key__`, and `picture` with the picture's bytes. Errors of the tar are its reader's.
+
+def read_samples(address: str) -> Iterator[dict[str, Any]]:
+    """The samples of a tar that hold a picture: dictionaries of member bytes by ending.
+
+    A sample is the neighbouring members that share a name up to its first dot. Adds `__key__`, and
+    `picture` with the picture's bytes. A tar cut off between two members just ends: count.
+
+    Raises:
+        DamagedShard: after the samples that could be read.
     """
-    # A sample is the neighbouring members that share a name up to its first dot.
-    members = tariterators.tar_file_expander([{"url": name, "stream": file}])
-    for sample in tariterators.group_by_keys(members):
-        ending = next((ending for ending in PICTURE_MEMBERS if ending in sample), None)
-        if ending is not None:
-            sample["picture"] = sample[ending]
-            yield sample
+    count = 0
+    try:
+        with open_address(address) as file:
+            members = tariterators.tar_file_expander([{"url": address, "stream": file}])
+            for sample in tariterators.group_by_keys(members):
+                ending = next((ending for ending in PICTURE_MEMBERS if ending in sample), None)
+                if ending is not None:
+                    count += 1
+                    yield {**sample, "picture": sample[ending]}
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:  # webdataset adds what it had open to the message
+            reason = str(error.args[0]).partition(" @ ")[0] if error.args else repr(error)
+        raise DamagedShard(f"{reason}, after {count} samples") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,18 +95,15 @@ class CropStream(IterableDataset[Any]):
             address = self.index.address(segment.shard)
             position = 0
             try:
-                with shards.open_address(address) as file:
-                    for sample in shards.read_samples(file, address):
-                        if position >= segment.start:
-                            number = int(firsts[segment.shard]) + position
-                            yield _Member(address, sample["__key__"], number, sample["picture"])
-                        position += 1
-                        if position == segment.stop:
-                            break
-            except (OSError, ValueError, EOFError) as error:
-                if isinstance(error, UserError):
-                    raise DataError(str(error)) from None
-                raise DataError(_damaged(address, f"after sample {position}: {error}")) from None
+                for sample in shards.read_samples(address):
+                    if position >= segment.start:
+                        number = int(firsts[segment.shard]) + position
+                        yield _Member(address, sample["__key__"], number, sample["picture"])
+                    position += 1
+                    if position == segment.stop:
+                        break
+            except shards.DamagedShard as error:
+                raise DataError(_damaged(address, str(error))) from None
             if position < segment.stop:
                 count = self.plan.counts[segment.shard]
                 raise DataError(

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sr_dist import dataset, images, shard_writer, shards
+from tests.helpers import SHARED
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Benchmark pictures and published weights that lie beside the project on some machines."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} (benchmark pictures and published weights) is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three real photographs: astronaut, coffee and chelsea."""
+    folder = tmp_path_factory.mktemp("photographs")
+    wanted = ("astronaut.png", "chelsea.png", "coffee.png")
+    for path in dataset.find_sample_photographs():
+        if path.name in wanted:
+            (folder / path.name).write_bytes(path.read_bytes())
+    assert len(list(folder.iterdir())) == 3
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharded(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs in tiles of 64 pixels, in several shards of unequal counts."""
+    folder = tmp_path_factory.mktemp("sharded") / "shards"
+    options = shard_writer.Options(tile=64, samples_per_shard=30, min_size=48)
+    shard_writer.write(images.list_pictures(photographs), folder, options)
+    index = shards.read_index(str(folder))
+    assert len(index.shards) == 3 and len({shard.count for shard in index.shards}) > 1
+    return folder
+
+
+@pytest.fixture
+def picture() -> images.Picture:
+    """A smooth picture with some structure, (64, 80, 3)."""
+    y, x = np.mgrid[0:64, 0:80]
+    channels = [127 + 100 * np.sin(x / 7 + k) * np.cos(y / 5 - k) for k in range(3)]
+    return np.stack(channels, axis=2).round().astype(np.uint8)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+
+def run(
+    *words: str | Path, cwd: Path | None = None, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the repository (`launch/…`, `tools/…`) with this Python, one thread."""
+    given = [str(word) for word in words]
+    if given[0].endswith(".py"):
+        given = [sys.executable, str(REPOSITORY / given[0]), *given[1:]]
+    elif given[0] == "accelerate":
+        # The launcher is told where to find its script, since the tests run elsewhere.
+        given = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *given[1:]]
+    return subprocess.run(
+        given,
+        cwd=cwd,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def succeed(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    done = run(*words, **options)  # type: ignore[arg-type]
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def refuse(*words: str | Path, **options: object) -> str:
+    """The message of a command that must end as the user's mistake: status 2, no traceback."""
+    done = run(*words, **options)  # type: ignore[arg-type]
+    assert done.returncode == 2, f"{words}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stderr

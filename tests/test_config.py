@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sr_dist import config
+from sr_dist.errors import UserError
+from tests.helpers import REPOSITORY
+
+LEAST = "data: {train: shards, validation: pictures}\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> config.Config:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return config.load(path, overrides)
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_loads_and_reads_back(path: Path, tmp_path: Path) -> None:
+    loaded = config.load(path)
+    assert load(tmp_path, config.to_yaml(loaded)) == loaded
+    assert path.read_text().startswith("#"), "a recipe says on top what it is for"
+
+
+def test_defaults_are_the_published_settings(tmp_path: Path) -> None:
+    loaded = load(tmp_path, LEAST)
+    assert loaded.loss.content.weight == 0.006
+    assert loaded.loss.adversarial.weight == 0.001
+    assert loaded.loss.total_variation.weight == 2e-8
+    assert loaded.optimizer.generator.learning_rate == 1e-3
+    assert (loaded.model.generator.num_channels, loaded.model.generator.num_blocks) == (64, 16)
+    assert loaded.model.generator.global_skip == "none"
+
+
+def test_all_problems_come_at_once_each_with_its_key(tmp_path: Path) -> None:
+    text = """
+        data: {train: shards, scle: 4, crop_size: big}
+        loss: {pixel: {kind: mes}}
+        optimizer: {generator: {learning_rate: -1}}
+    """
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text, "train.epochs=0", "tracking=3", "nonsense", "train.amp=true")
+    message = str(caught.value)
+    assert "9 problem(s)" in message
+    for expected in (
+        "data.scle: unknown key; did you mean data.scale?",
+        "data.validation: missing",
+        "data.crop_size: expected a whole number, found 'big'",
+        "loss.pixel.kind: expected one of mse, l1, found 'mes'; did you mean mse?",
+        "optimizer.generator.learning_rate: expected more than 0, found -1",
+        "train.epochs: expected at least 1, found 0",
+        "'nonsense': expected section.key=value",
+        "train.amp: unknown key; valid: epochs",
+        "tracking: expected a section with keys, found 3",
+    ):
+        assert expected in message
+
+
+def test_section_that_is_no_section(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train: expected a section with keys, found 3"):
+        load(tmp_path, LEAST, "train=3")
+
+
+def test_numbers_are_read_by_their_annotation(tmp_path: Path) -> None:
+    loaded = load(
+        tmp_path,
+        LEAST + "optimizer: {generator: {learning_rate: 1e-4, weight_decay: 0}}\n"
+        "train: {mixed_precision: no}",
+    )
+    assert loaded.optimizer.generator.learning_rate == 1e-4  # PyYAML gives a string
+    assert loaded.optimizer.generator.weight_decay == 0.0
+    assert loaded.train.mixed_precision == "no"  # PyYAML gives False
+    assert load(tmp_path, LEAST, "train.mixed_precision=null").train.mixed_precision is None
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.crop_size=96.5", "data.crop_size: expected a whole number, found 96.5"),
+        ("data.crop_size=true", "data.crop_size: expected a whole number, found True"),
+        ("loss.pixel.weight=.nan", "loss.pixel.weight: expected a finite number"),
+        ("loss.pixel.weight=.inf", "loss.pixel.weight: expected a finite number"),
+        ("run.name=a/b", "run.name: expected a plain folder name"),
+        ("data.crop_size=98", "data.crop_size: 98 is not a multiple of data.scale"),
+        ("data.crop_size=16", "data.crop_size: 16 is too small for the discriminator"),
+        ("data.scale=3", "data.scale: expected one of 2, 4, 8, found 3"),
+    ],
+)
+def test_values_out_of_range(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, LEAST, override)
+    assert expected in str(caught.value)
+
+
+def test_overrides_reach_sections_the_file_does_not_have(tmp_path: Path) -> None:
+    loaded = load(tmp_path, LEAST, "loss.content.weight=0", "loss.content.weight=0.5")
+    assert loaded.loss.content.weight == 0.5
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "data: {train: [\n"])
+def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError):
+        load(tmp_path, text)
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        config.load(tmp_path / "none.yaml")

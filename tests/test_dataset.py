@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sr_dist import dataset
+from sr_dist.errors import UserError
+
+
+def noise(path: Path, seed: int, side: int = 40) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(256, size=(side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def lists(folder: Path) -> tuple[set[str], set[str]]:
+    train, val = (set((folder / f"{s}.txt").read_text().split()) for s in ("train", "val"))
+    return train, val
+
+
+def test_sample_holds_the_colour_photographs_and_no_chart_or_twin() -> None:
+    names = {path.name for path in dataset.find_sample_photographs()}
+    assert {"astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"} <= names
+    assert not names & {"color.png", "motorcycle_right.png", "logo.png", "camera.png", "horse.png"}
+
+
+def test_collect_nested_folders_drops_duplicates_and_lists_the_bad(tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    for seed, name in enumerate(("a.png", "deep/er/b.jpg", "c.webp", "d.tiff", "e.bmp")):
+        noise(source / name, seed)
+    (source / "deep" / "copy.png").write_bytes((source / "a.png").read_bytes())
+    (source / "broken.png").write_bytes((source / "a.png").read_bytes()[:500])
+    (source / "text.jpg").write_text("not a picture")
+    (source / "readme.md").write_text("not looked at")
+    result = dataset.collect(dataset.find_pictures([source]), output)
+    assert (result.copied, result.present, result.duplicates) == (5, 0, 1)
+    reasons = {Path(path).name: reason for path, reason in result.rejects}
+    assert set(reasons) == {"broken.png", "text.jpg"}
+    assert "cannot be decoded" in reasons["broken.png"]
+    assert (output / "deep/er/b.jpg").read_bytes() == (source / "deep/er/b.jpg").read_bytes()
+
+    noise(source / "new.png", 9)
+    again = dataset.collect(dataset.find_pictures([source]), output)
+    # The duplicate of a.png is there already, as a.png itself is.
+    assert (again.copied, again.present, again.duplicates) == (1, 6, 0)
+
+
+def test_collect_keeps_different_pictures_of_one_name(tmp_path: Path) -> None:
+    noise(tmp_path / "x/a.png", 1)
+    noise(tmp_path / "y/a.png", 2)
+    found = dataset.find_pictures([tmp_path / "x", tmp_path / "y"])
+    assert dataset.collect(found, tmp_path / "out").copied == 2
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_collect_of_nothing_usable(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("no")
+    with pytest.raises(UserError, match="none of 1 pictures can be used; first: .*a.png"):
+        dataset.collect(dataset.find_pictures([tmp_path / "a.png"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="does not exist"):
+        dataset.find_pictures([tmp_path / "nowhere"])
+
+
+def test_split_moves_nothing_when_pictures_are_added(tmp_path: Path) -> None:
+    for seed in range(30):
+        noise(tmp_path / f"{seed}.png", seed, side=8)
+    dataset.split(tmp_path, 0.2, seed=0)
+    train, val = lists(tmp_path)
+    assert len(train) + len(val) == 30 and 1 <= len(val) <= 14
+    for seed in range(30, 60):
+        noise(tmp_path / f"{seed}.png", seed, side=8)
+    dataset.split(tmp_path, 0.2, seed=0)
+    more_train, more_val = lists(tmp_path)
+    assert train < more_train and val < more_val
+    # Without the lists of before the hash alone decides, and comes to the same.
+    for name in ("train.txt", "val.txt"):
+        (tmp_path / name).unlink()
+    dataset.split(tmp_path, 0.2, seed=0)
+    assert lists(tmp_path) == (more_train, more_val)
+    (tmp_path / "train.txt").unlink()
+    (tmp_path / "val.txt").unlink()
+    dataset.split(tmp_path, 0.2, seed=1)
+    assert lists(tmp_path) != (more_train, more_val)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_split_leaves_no_side_empty_and_keeps_what_crossed_over(
+    tmp_path: Path, fraction: float
+) -> None:
+    for seed in range(3):
+        noise(tmp_path / f"{seed}.png", seed, side=8)
+    dataset.split(tmp_path, fraction, seed=0)
+    train, val = lists(tmp_path)
+    assert train and val and train | val == {"0.png", "1.png", "2.png"} and not train & val
+    for seed in range(3, 40):
+        noise(tmp_path / f"{seed}.png", seed, side=8)
+    dataset.split(tmp_path, fraction, seed=0)
+    more_train, more_val = lists(tmp_path)
+    assert train <= more_train and val <= more_val
+
+
+def test_split_refuses_what_cannot_be_split(tmp_path: Path) -> None:
+    noise(tmp_path / "one.png", 1)
+    with pytest.raises(UserError, match="holds 1 picture"):
+        dataset.split(tmp_path, 0.1, seed=0)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        dataset.split(tmp_path, 1.5, seed=0)
+    with pytest.raises(UserError, match="does not exist"):
+        dataset.split(tmp_path / "none", 0.1, seed=0)
+
+
+def test_png_targets_never_collide() -> None:
+    paths = [Path("a.jpg"), Path("a.png"), Path("b/a.jpg"), Path("c.webp")]
+    assert dataset.png_targets(paths) == [
+        Path("a.jpg.png"),
+        Path("a.png.png"),
+        Path("b/a.png"),
+        Path("c.png"),
+    ]

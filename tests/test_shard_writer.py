@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from sr_dist import images, shard_writer, shards
+from sr_dist.errors import UserError
+from sr_dist.shard_writer import Options
+
+
+def write(source: Path, output: Path, workers: int = 1, strict: bool = False, **options: object):
+    return shard_writer.write(
+        images.list_pictures(source),
+        output,
+        Options(**options),  # type: ignore[arg-type]
+        workers=workers,
+        strict=strict,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def samples(folder: Path) -> list[dict[str, bytes]]:
+    found = []
+    for tar in sorted(folder.glob("*.tar")):
+        found += list(shards.read_samples(str(tar)))
+    return found
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(photographs: Path, tmp_path: Path) -> None:
+    options = {"tile": 64, "samples_per_shard": 40}
+    write(photographs, tmp_path / "1", workers=1, **options)
+    write(photographs, tmp_path / "3", workers=3, **options)
+    copied = shutil.copytree(photographs, tmp_path / "copy")
+    write(Path(copied), tmp_path / "moved", workers=2, **options)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3") == contents(tmp_path / "moved")
+    write(photographs, tmp_path / "seed", **options, seed=1)
+    assert contents(tmp_path / "1") != contents(tmp_path / "seed")
+
+
+def test_tiles_make_up_the_picture(photographs: Path, tmp_path: Path) -> None:
+    write(photographs, tmp_path / "out", tile=96)
+    pictures = {path.name: images.decode(path, 3).astype(int) for path in photographs.iterdir()}
+    painted = {name: np.full(picture.shape, -1) for name, picture in pictures.items()}
+    for sample in samples(tmp_path / "out"):
+        about = json.loads(sample["json"])
+        top, left, height, width = about["tile"]
+        assert min(height, width) >= 96
+        place = painted[about["source"]][top : top + height, left : left + width]
+        assert (place == -1).all(), "no pixel is in two tiles"
+        place[:] = images.decode(sample["picture"], 3)
+    for name, picture in pictures.items():
+        assert np.array_equal(painted[name], picture)
+
+
+def test_index_says_what_is_there(photographs: Path, tmp_path: Path) -> None:
+    result = write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
+    index = shards.read_index(str(tmp_path / "out"))
+    keys = [sample["__key__"] for sample in samples(tmp_path / "out")]
+    assert keys == [f"{number:09d}" for number in range(index.samples)]
+    assert (result.samples, result.shards, result.rejects) == (len(keys), len(index.shards), 0)
+    for number, shard in enumerate(index.shards):
+        digest, size = shards.sha256_of_file(index.address(number))
+        assert (digest, size) == (shard.sha256, shard.bytes)
+    assert index.smallest_side == 64
+    assert set(contents(tmp_path / "out")) == {"index.json", *(s.name for s in index.shards)}
+    assert shard_writer.verify(str(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize(
+    ("encode", "ending"), [("webp", "webp"), ("png", "png"), ("jpeg", "jpg"), ("keep", "png")]
+)
+def test_encodings(photographs: Path, tmp_path: Path, encode: str, ending: str) -> None:
+    write(photographs, tmp_path / "out", encode=encode, tile=0)
+    found = samples(tmp_path / "out")
+    assert len(found) == 3
+    for sample in found:
+        source = photographs / json.loads(sample["json"])["source"]
+        if encode == "keep":
+            assert sample[ending] == source.read_bytes()
+        elif encode != "jpeg":
+            assert np.array_equal(images.decode(sample[ending], 3), images.decode(source, 3))
+
+
+def test_gray_shards_hold_one_channel(photographs: Path, tmp_path: Path) -> None:
+    write(photographs, tmp_path / "out", channels=1, tile=0, encode="png")
+    assert shards.read_index(str(tmp_path / "out")).channels == 1
+    with Image.open(io.BytesIO(samples(tmp_path / "out")[0]["png"])) as image:
+        assert image.mode == "L"
+
+
+def with_bad_pictures(photographs: Path, tmp_path: Path) -> Path:
+    source = Path(shutil.copytree(photographs, tmp_path / "source"))
+    Image.new("RGB", (300, 50)).save(source / "flat.png")
+    data = (source / "coffee.png").read_bytes()
+    (source / "half.png").write_bytes(data[: len(data) // 2])
+    (source / "text.png").write_text("no picture")
+    return source
+
+
+def test_rejects_are_listed_with_the_reason(photographs: Path, tmp_path: Path) -> None:
+    source = with_bad_pictures(photographs, tmp_path)
+    result = write(source, tmp_path / "out", tile=64, samples_per_shard=30, workers=2)
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    ]
+    assert [line["source"] for line in lines] == ["flat.png", "half.png", "text.png"]
+    assert "is 300x50 pixels" in lines[0]["reason"]
+    assert "cannot be decoded" in lines[1]["reason"]
+    assert "no picture" in lines[2]["reason"]
+    assert result.rejects == 3
+    index = shards.read_index(str(tmp_path / "out"))
+    assert index.samples == len(samples(tmp_path / "out"))
+    assert shard_writer.verify(str(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("bad", ["flat.png", "half.png"])
+def test_strict_leaves_nothing_behind(photographs: Path, tmp_path: Path, bad: str) -> None:
+    source = with_bad_pictures(photographs, tmp_path)
+    for name in {"flat.png", "half.png", "text.png"} - {bad}:
+        (source / name).unlink()
+    with pytest.raises(UserError, match=rf"{bad} .*\(--strict\)"):
+        write(source, tmp_path / "out", strict=True, tile=64, samples_per_shard=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_usable_picture(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.png").write_text("no")
+    with pytest.raises(UserError, match="none of 1 pictures can be used; first: a.png"):
+        write(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stopped_run_goes_on_and_comes_to_the_same(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"tile": 64, "samples_per_shard": 1}  # a shard per picture
+    write(photographs, tmp_path / "whole", **options)
+    real, calls = shard_writer._write_shard, []
+
+    def stopping(job: shard_writer._Job) -> dict[str, object]:
+        calls.append(job.number)
+        if len(calls) == 3:
+            (job.output / "shard-000002.tar.part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return real(job)
+
+    monkeypatch.setattr(shard_writer, "_write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        write(photographs, tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "index.json").exists()
+    with pytest.raises(UserError, match="unfinished run with other pictures or options"):
+        write(photographs, tmp_path / "out", tile=96)
+
+    monkeypatch.undo()
+    encoded = []
+    monkeypatch.setattr(
+        images, "encode", lambda *a, _real=images.encode: encoded.append(1) or _real(*a)
+    )
+    write(photographs, tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(encoded) < len(samples(tmp_path / "out")), "finished shards are not written again"
+
+
+def test_complete_output_is_kept_and_never_overwritten(photographs: Path, tmp_path: Path) -> None:
+    write(photographs, tmp_path / "out", tile=96)
+    before = contents(tmp_path / "out")
+    assert write(photographs, tmp_path / "out", tile=96).already_complete
+    with pytest.raises(UserError, match="holds shards of other pictures or options"):
+        write(photographs, tmp_path / "out", tile=128)
+    assert contents(tmp_path / "out") == before
+
+
+def test_foreign_tars_can_be_indexed(photographs: Path, tmp_path: Path) -> None:
+    # As img2dataset lays them out: jpg, json and txt; a failed download leaves no picture.
+    with webdataset.TarWriter(str(tmp_path / "00000.tar"), encoder=False) as tar:
+        for number, path in enumerate(sorted(photographs.iterdir())):
+            picture = images.encode(images.decode(path, 3), "jpeg")
+            tar.write({"__key__": f"{number:09d}", "jpg": picture, "txt": b"a", "json": b"{}"})
+        tar.write({"__key__": "000000009", "json": b'{"status": "failed"}', "txt": b"b"})
+    target = shard_writer.index([tmp_path / "00000.tar"])
+    index = shards.read_index(str(tmp_path))
+    assert target == tmp_path / "index.json"
+    assert (index.samples, index.smallest_side, index.channels) == (3, 300, 3)
+    assert shard_writer.verify(str(tmp_path)) == []
+    with pytest.raises(UserError, match="exists already"):
+        shard_writer.index([tmp_path / "00000.tar"])
+
+
+def test_verify_finds_all_kinds_of_damage(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "out"))
+    first, second, third = sorted(folder.glob("*.tar"))
+    data = bytearray(first.read_bytes())
+    with tarfile.open(first) as tar:
+        member = next(m for m in tar if m.name.endswith("webp"))
+    data[member.offset_data + member.size // 2] ^= 0xFF
+    first.write_bytes(data)
+    second.write_bytes(second.read_bytes()[:20_000])
+    third.unlink()
+    problems = shard_writer.verify(str(folder))
+    assert any("shard-000000.tar: its sha256 is not" in problem for problem in problems)
+    assert any("shard-000001.tar: 20000 bytes, the index says" in problem for problem in problems)
+    assert any("samples, the index says" in problem for problem in problems)
+    assert any("shard-000002.tar: cannot be read" in problem for problem in problems)
