@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sr_dist import checkpoint, models
+from sr_dist.errors import UserError
+
+ARGUMENTS = {
+    "name": "swift_srgan",
+    "scale": 2,
+    "channels": 3,
+    "num_channels": 8,
+    "num_blocks": 1,
+    "norm": "batch",
+    "global_skip": "bicubic",
+}
+
+
+def generator(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    built = models.build_generator(**ARGUMENTS)  # type: ignore[arg-type]
+    for tensor in built.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.normal_()
+    return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def save(folder: Path, step: int, keep: int = 9, **weights: nn.Module) -> Path:
+    return checkpoint.save(
+        folder,
+        step=step,
+        weights=weights or {"generator": generator(step)},
+        training={"optimizers": {}, "number": step, "tensor": torch.arange(3)},
+        meta={"generator": ARGUMENTS, "epoch": 1},
+        keep=keep,
+    )
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_checkpoint_reads_back(tmp_path: Path) -> None:
+    saved = generator(7)
+    folder = save(tmp_path, 1000, generator=saved, ema=generator(8))
+    assert folder.name == "step-00001000"
+    assert {path.name for path in folder.iterdir()} == {
+        "generator.safetensors",
+        "ema.safetensors",
+        "training.pt",
+        "meta.json",
+    }
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None and found.step == 1000
+    assert found.has("ema") and not found.has("discriminator")
+    again = generator(0)
+    again.load_state_dict(found.weights("generator"))
+    assert_same(again, saved)
+    training = found.training()
+    assert training["number"] == 1000 and training["tensor"].tolist() == [0, 1, 2]
+
+
+def test_newest_is_by_number_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (900, 1000, 99_999_999, 100_000_000):
+        save(tmp_path, step, keep=3)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00001000", "step-100000000", "step-99999999"]
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None and found.step == 100_000_000
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "meta", "no meta"])
+def test_damaged_checkpoint_is_passed_over_by_name(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    weights = newest / "generator.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    if damage == "flip":
+        weights.write_bytes(data)
+    elif damage == "truncate":
+        weights.write_bytes(data[:-100])
+    elif damage == "delete":
+        (newest / "training.pt").unlink()
+    elif damage == "meta":
+        (newest / "meta.json").write_text("{")
+    else:
+        (newest / "meta.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.find_newest(tmp_path)
+    assert found is not None and found.step == 1
+    assert "passed over a checkpoint" in caplog.text and str(newest) in caplog.text
+
+
+def test_a_save_that_stopped_half_way_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None and found.step == 1, "the old one is pruned only after the new one"
+    save(tmp_path, 2, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_start_is_refused_for_another_model_or_data(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    same = checkpoint.find_start(tmp_path, "auto", {"generator": ARGUMENTS})
+    assert same is not None and same.step == 3
+    assert checkpoint.find_start(tmp_path / "none", "never", {}) is None
+    with pytest.raises(UserError, match="another generator: num_channels was 8, is 16"):
+        checkpoint.find_start(tmp_path, "auto", {"generator": {**ARGUMENTS, "num_channels": 16}})
+    with pytest.raises(UserError, match="trained without a discriminator"):
+        checkpoint.find_start(tmp_path, "auto", {"discriminator": {"head": "gap"}})
+    with pytest.raises(UserError, match="got to step 3, and run.resume is never"):
+        checkpoint.find_start(tmp_path, "never", {})
+
+
+def test_generator_loads_from_run_checkpoint_and_published_file(tmp_path: Path) -> None:
+    plain, average = generator(1), generator(2)
+    run = tmp_path / "run"
+    folder = save(run / "checkpoints", 5, generator=plain, ema=average)
+    checkpoint.save_published(average, run / "models" / "netG.pth.tar", ARGUMENTS)
+    for path in (run, run / "checkpoints", folder, run / "models" / "netG.pth.tar"):
+        loaded, description = checkpoint.load_generator(path)
+        assert_same(loaded, average)
+        assert description == ARGUMENTS and not loaded.training
+    (folder / "ema.safetensors").unlink()
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["sha256"]["ema.safetensors"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert_same(checkpoint.load_generator(run)[0], plain)
+
+
+def test_published_file_holds_a_model_state_dict(tmp_path: Path) -> None:
+    saved = generator()
+    checkpoint.save_published(saved, tmp_path / "netG.pth.tar", ARGUMENTS)
+    values = torch.load(tmp_path / "netG.pth.tar", weights_only=True)
+    other = models.build_generator(**ARGUMENTS)  # type: ignore[arg-type]
+    other.load_state_dict(values["model"], strict=True)
+    assert_same(other, saved)
+
+
+def test_files_of_others_are_read_by_their_shapes(tmp_path: Path) -> None:
+    arguments = {**ARGUMENTS, "global_skip": "none"}
+    plain = models.build_generator(**arguments)  # type: ignore[arg-type]
+    path = tmp_path / "netG_2x.pth.tar"
+    torch.save({"model": plain.state_dict(), "optim": {"state": {}}}, path)
+    loaded, description = checkpoint.load_generator(path)
+    assert description == arguments
+    assert_same(loaded, plain)
+
+
+def test_files_that_hold_no_generator(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth.tar"
+    with pytest.raises(UserError, match="does not exist; expected a run's folder"):
+        checkpoint.load_generator(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="no checkpoint that can be read"):
+        checkpoint.load_generator(path)
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match='expected {"model": state_dict}'):
+        checkpoint.load_generator(path)
+    discriminator = models.build_discriminator("swift_srgan", channels=3, head="gap")
+    checkpoint.save_published(discriminator, path, {"name": "swift_srgan", "head": "gap"})
+    with pytest.raises(UserError, match="holds a discriminator"):
+        checkpoint.load_generator(path)
+    torch.save({"model": discriminator.state_dict()}, path)
+    with pytest.raises(UserError, match="no Swift-SRGAN generator"):
+        checkpoint.load_generator(path)
+    torch.save(torch.nn.Linear, path)  # a pickled object is not executed
+    with pytest.raises(UserError, match="no checkpoint that can be read"):
+        checkpoint.load_generator(path)
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        checkpoint.load_generator(tmp_path)
+
+
+def test_weights_that_do_not_fit_name_the_first_mismatch() -> None:
+    own = generator()
+    wide = models.build_generator(**{**ARGUMENTS, "num_channels": 16})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"initial.cnn.pointwise.weight has shape \(16, 3, 1, 1\)"):
+        checkpoint.load_weights(own, wide.state_dict(), "there")
+    deep = models.build_generator(**{**ARGUMENTS, "num_blocks": 2})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="hold residual.1.block1"):
+        checkpoint.load_weights(own, deep.state_dict(), "there")
+    with pytest.raises(UserError, match="lack residual.1.block1"):
+        checkpoint.load_weights(deep, own.state_dict(), "there")
+
+
+def test_moved_checkpoints_still_verify(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", 1)
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    assert checkpoint.verify(Path(moved)).step == 1

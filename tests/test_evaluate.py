@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sr_dist import checkpoint, evaluate, images, metrics, models
+from sr_dist.errors import UserError
+from tests.helpers import refuse, succeed
+
+
+def read(data: object, **options: object) -> list[evaluate.Pair]:
+    arguments = {"scale": 4, "channels": 3, **options}
+    return list(evaluate.read_pairs(str(data), **arguments))  # type: ignore[arg-type]
+
+
+def test_pairs_of_a_folder_are_cut_to_the_scale(photographs: Path) -> None:
+    pairs = {pair.name: pair for pair in read(photographs)}
+    assert list(pairs) == ["astronaut.png", "chelsea.png", "coffee.png"]
+    chelsea = pairs["chelsea.png"]
+    assert chelsea.hr.shape == (300, 448, 3) and chelsea.lr.shape == (75, 112, 3)
+    lr = images.downscale(images.to_batch([chelsea.hr]), 4)
+    assert np.array_equal(images.to_pictures(lr)[0], chelsea.lr)
+
+
+def test_pairs_of_a_list_a_file_and_shards(
+    photographs: Path, sharded: Path, tmp_path: Path
+) -> None:
+    assert [p.name for p in read(photographs / "coffee.png")] == ["coffee.png"]
+    (photographs / "some.txt").write_text("coffee.png\n")
+    assert [p.name for p in read(photographs / "some.txt")] == ["coffee.png"]
+    (photographs / "some.txt").unlink()
+    from_shards = read(sharded)
+    assert len(from_shards) == evaluate.check_readable(str(sharded)) > 50
+    assert from_shards[0].name == "000000000"
+
+
+def test_given_lr_pictures_are_found_and_checked(photographs: Path, tmp_path: Path) -> None:
+    lr = tmp_path / "lr"
+    lr.mkdir()
+    for pair in read(photographs):
+        stem = Path(pair.name).stem
+        name = {"astronaut": "astronaut", "coffee": "coffeex4", "chelsea": "chelsea_x4"}[stem]
+        images.save(pair.lr[:-1], lr / f"{name}.png")  # a row less than could be
+    with pytest.raises(UserError, match="times 4 is not the size of astronaut.png"):
+        read(photographs, lr_folder=lr, scale=4)
+    for path in lr.iterdir():
+        path.unlink()
+    for pair in read(photographs):
+        images.save(pair.lr, lr / f"{Path(pair.name).stem}x4.png")
+    for given, made in zip(read(photographs, lr_folder=lr), read(photographs), strict=True):
+        assert np.array_equal(given.lr, made.lr) and np.array_equal(given.hr, made.hr)
+    (lr / "coffeex4.png").unlink()
+    with pytest.raises(
+        UserError, match="holds no LR picture for coffee: looked for coffee, coffeex4"
+    ):
+        read(photographs, lr_folder=lr)
+
+
+def test_pictures_that_cannot_be_measured(tmp_path: Path) -> None:
+    images.save(np.zeros((16, 90, 3), np.uint8), tmp_path / "flat.png")
+    with pytest.raises(UserError, match="flat.png is 88x16 pixels; the metrics need 19"):
+        read(tmp_path)
+    (tmp_path / "flat.png").write_text("no")
+    with pytest.raises(UserError, match="flat.png no picture"):
+        read(tmp_path)
+    (tmp_path / "flat.png").unlink()
+    with pytest.raises(UserError, match="holds no pictures"):
+        evaluate.check_readable(str(tmp_path))
+
+
+def test_averages_are_means_of_pictures() -> None:
+    rows = [
+        evaluate.Row("a", "x", 20.0, 0.5),
+        evaluate.Row("a", "y", 1.0, 0.1),
+        evaluate.Row("b", "x", 30.0, 0.9),
+    ]
+    means = evaluate.averages(rows)
+    assert means == [evaluate.Mean("x", 25.0, pytest.approx(0.7)), evaluate.Mean("y", 1.0, 0.1)]
+
+
+def test_identical_pictures_count_as_100_db(picture: images.Picture) -> None:
+    pair = evaluate.Pair("p", picture[::4, ::4], picture)
+    rows = evaluate.evaluate({"same": lambda lr: picture}, [pair], colour="y", border=4)
+    assert rows[0].psnr == 100.0
+
+
+def test_side_by_side_shows_all_panels(picture: images.Picture) -> None:
+    pair = evaluate.Pair("p", np.ascontiguousarray(picture[::4, ::4]), picture)
+    panels = evaluate.side_by_side(pair, {"bicubic": picture, "SR": 255 - picture})
+    assert panels.shape == (64 + 16, 4 * (80 + 4) - 4, 3)
+    assert np.array_equal(panels[16:, -80:], picture)
+    assert np.array_equal(panels[16:, 2 * 84 : 2 * 84 + 80], 255 - picture)
+
+
+def test_names_of_files() -> None:
+    assert evaluate.file_name("a/b.c.png") == "a_b.c"
+    assert evaluate.file_name("../x.jpg") == "x"
+    assert evaluate.unused_name("a", {"a", "a 2"}) == "a 3"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small x4 generator in the published format."""
+    torch.manual_seed(0)
+    arguments = {"name": "swift_srgan", "scale": 4, "channels": 3, "num_channels": 8}
+    arguments |= {"num_blocks": 1, "norm": "batch", "global_skip": "bicubic"}
+    built = models.build_generator(**arguments)  # type: ignore[arg-type]
+    path = tmp_path_factory.mktemp("published") / "small.pth.tar"
+    checkpoint.save_published(built, path, arguments)
+    return path
+
+
+def test_command_writes_all_results(photographs: Path, published: Path, tmp_path: Path) -> None:
+    done = succeed(
+        "launch/evaluate.py",
+        *("--data", photographs, "--method", "bicubic", "--method", "nearest"),
+        *("--checkpoint", published, "--scale", 4, "--output", tmp_path / "out"),
+    )
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (summary["scale"], summary["images"]) == (4, 3)
+    assert summary["protocol"] == {
+        "colour": "y",
+        "border": 4,
+        "data_range": 255,
+        "ssim": "gaussian 11, sigma 1.5",
+    }
+    results = {result["name"]: result for result in summary["results"]}
+    assert list(results) == ["bicubic", "nearest", "small"]
+    # The untrained generator is the bicubic enlargement, computed in floating point.
+    assert results["small"]["psnr"] == pytest.approx(results["bicubic"]["psnr"], abs=0.02)
+    assert results["bicubic"]["psnr"] > results["nearest"]["psnr"] + 0.5
+
+    expected = []
+    for pair in read(photographs):
+        sr = images.enlarge(pair.lr, 4, "bicubic")
+        expected.append(metrics.compare(sr, pair.hr, colour="y", border=4))
+    assert results["bicubic"]["psnr"] == pytest.approx(np.mean([p for p, _ in expected]), abs=1e-3)
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["picture"] for row in rows] == ["astronaut.png", "chelsea.png", "coffee.png"]
+    assert float(rows[1]["bicubic psnr"]) == pytest.approx(expected[1][0], abs=1e-3)
+    assert float(rows[1]["bicubic ssim"]) == pytest.approx(expected[1][1], abs=1e-5)
+    pictures = {path.name for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert pictures == {"astronaut.png", "chelsea.png", "coffee.png"}
+
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert report.count("<section>") == 3 and report.count('type="range"') == 3
+    assert "BT.601 luma" in report and "4 pixels at every border" in report
+    assert not re.findall(r'(?:src|href)="(?!data:)', report), "self-contained"
+
+
+def test_command_by_the_rgb_protocol(photographs: Path, tmp_path: Path) -> None:
+    done = succeed(
+        "launch/evaluate.py",
+        *("--data", photographs / "coffee.png", "--method", "bicubic", "--protocol", "rgb"),
+        *("--scale", 4, "--output", tmp_path / "out"),
+    )
+    summary = json.loads(done.stdout.splitlines()[-1])
+    pair = read(photographs / "coffee.png")[0]
+    psnr, ssim = metrics.compare(
+        images.enlarge(pair.lr, 4, "bicubic"), pair.hr, colour="rgb", border=4
+    )
+    assert summary["results"][0]["psnr"] == pytest.approx(psnr, abs=1e-4)
+    assert summary["results"][0]["ssim"] == pytest.approx(ssim, abs=1e-6)
+
+
+def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    common = ("launch/evaluate.py", "--data", photographs, "--output", output)
+    message = refuse(*common, "--checkpoint", published, "--scale", 2)
+    assert "enlarges 4 times, but --scale is 2" in message
+    message = refuse(*common, "--scale", 4)
+    assert "nothing to measure" in message
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("name", "psnr"), [("Set5", 30.00), ("Set14", 27.36)])
+def test_the_authors_model(shared: Path, tmp_path: Path, name: str, psnr: float) -> None:
+    folder = shared / "benchmarks" / name
+    done = succeed(
+        "launch/evaluate.py",
+        *("--data", folder / "HR", "--lr", folder / "LR_bicubic" / "X4", "--scale", 4),
+        *("--checkpoint", shared / "weights" / "swift_srgan_4x.pth.tar", "--output", tmp_path),
+    )
+    result = json.loads(done.stdout.splitlines()[-1])["results"][0]
+    assert result["psnr"] == pytest.approx(psnr, abs=0.01)

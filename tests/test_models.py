@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sr_dist import images, models
+
+
+def small(**changes: object) -> nn.Module:
+    arguments = {"scale": 4, "channels": 3, "num_channels": 8, "num_blocks": 2, **changes}
+    return models.build_generator("swift_srgan", **arguments).eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("scale", "parameters"), [(4, 201_209), (2, 183_865)])
+def test_generator_has_the_published_number_of_parameters(scale: int, parameters: int) -> None:
+    generator = models.build_generator("swift_srgan", scale=scale, channels=3)
+    assert models.count_parameters(generator) == parameters
+
+
+def test_discriminator_has_the_published_number_of_parameters() -> None:
+    linear = models.build_discriminator("swift_srgan", channels=3)
+    assert models.count_parameters(linear) == 19_413_279
+    gap = models.build_discriminator("swift_srgan", channels=3, head="gap")
+    assert models.count_parameters(gap) == 19_413_279 - 35 * 512 * 1024
+
+
+def test_names_are_the_published_ones() -> None:
+    names = set(models.build_generator("swift_srgan", scale=4, channels=3).state_dict())
+    assert {
+        "initial.cnn.depthwise.weight",
+        "initial.act.weight",
+        "residual.0.block1.cnn.pointwise.weight",
+        "residual.15.block2.bn.running_mean",
+        "residual.15.block2.act.weight",
+        "convblock.cnn.depthwise.weight",
+        "upsampler.1.conv.depthwise.weight",
+        "final_conv.pointwise.bias",
+    } <= names
+    names = set(models.build_discriminator("swift_srgan", channels=3).state_dict())
+    assert {"blocks.7.cnn.depthwise.weight", "classifier.2.weight", "classifier.4.bias"} <= names
+    assert "blocks.0.bn.weight" not in names
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("global_skip", ["none", "bicubic"])
+def test_sizes_also_for_odd_pictures(scale: int, channels: int, global_skip: str) -> None:
+    generator = small(scale=scale, channels=channels, global_skip=global_skip)
+    sr = generator(torch.rand(2, channels, 7, 13))
+    assert sr.shape == (2, channels, 7 * scale, 13 * scale)
+
+
+def test_output_without_skip_is_a_picture() -> None:
+    sr = small()(torch.rand(1, 3, 9, 9) * 20 - 10)
+    assert 0 <= sr.min() and sr.max() <= 1
+
+
+def test_bicubic_skip_starts_as_pillows_bicubic(picture: images.Picture) -> None:
+    generator = small(global_skip="bicubic")
+    sr = images.to_pictures(generator(images.to_float(images.to_batch([picture]))))[0]
+    difference = sr.astype(int) - images.enlarge(picture, 4, "bicubic").astype(int)
+    assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_reach_is_how_far_an_output_pixel_looks(scale: int) -> None:
+    generator = small(scale=scale, num_blocks=2)
+    reach = models.reach(generator)
+    lr = torch.rand(1, 3, 2 * reach + 9, 5, requires_grad=True)
+    sr = generator(lr)
+    row = scale * (reach + 2)  # an output row well inside
+    sr[..., row, :].sum().backward()
+    assert lr.grad is not None
+    touched = lr.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    own = reach + 2
+    furthest = max(own - int(touched.min()), int(touched.max()) - own)
+    assert furthest <= reach <= furthest + 1
+
+
+def test_weights_that_no_forward_uses_are_not_trained() -> None:
+    generator = small()
+    generator.train()
+    generator(torch.rand(2, 3, 8, 8)).sum().backward()
+    for name, parameter in generator.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    frozen = [p for p in generator.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen) == 3 * 8  # two blocks' and the last block's PReLU
+
+
+def test_norm_none_has_no_buffers() -> None:
+    assert not list(small(norm="none").buffers())
+    assert list(small(norm="batch").buffers())
+
+
+@pytest.mark.parametrize("head", ["linear", "gap"])
+@pytest.mark.parametrize("side", [32, 40, 96])
+def test_discriminator_gives_a_logit_for_crops_from_32(head: str, side: int) -> None:
+    discriminator = models.build_discriminator("swift_srgan", channels=3, head=head)
+    logits = discriminator(torch.rand(3, 3, side, side))
+    assert logits.shape == (3, 1)
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_infer_reads_the_arguments_off_a_state_dict(scale: int) -> None:
+    arguments = {
+        "name": "swift_srgan",
+        "scale": scale,
+        "channels": 1,
+        "num_channels": 8,
+        "num_blocks": 3,
+        "norm": "none",
+        "global_skip": "none",
+    }
+    generator = models.build_generator(**arguments)  # type: ignore[arg-type]
+    assert models.infer_generator(generator.state_dict()) == arguments
+    with pytest.raises(ValueError, match="no Swift-SRGAN generator"):
+        models.infer_generator({"conv.weight": torch.zeros(1)})
+
+
+def test_authors_checkpoint_fits_to_the_last_name(shared: Path) -> None:
+    path = shared / "weights" / "swift_srgan_4x.pth.tar"
+    state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    generator = models.build_generator(**models.infer_generator(state))
+    generator.load_state_dict(state, strict=True)
+    assert sum(value.numel() for value in generator.state_dict().values()) == 205_466

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sr_dist import images, models, upscale
+
+
+def generator(channels: int = 3, scale: int = 4) -> torch.nn.Module:
+    torch.manual_seed(0)
+    built = models.build_generator(
+        "swift_srgan", scale=scale, channels=channels, num_channels=8, num_blocks=3
+    )
+    return built.eval()
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("tile", [16, 23, 64])
+def test_tiles_give_the_picture_of_the_whole(
+    picture: images.Picture, scale: int, tile: int
+) -> None:
+    network = generator(scale=scale)
+    network.final_conv.pointwise.weight.data *= 20  # type: ignore[union-attr]
+    whole = upscale.upscale(network, picture, scale=scale, tile=10_000)
+    assert whole.shape == (64 * scale, 80 * scale, 3) and whole.std() > 10
+    tiled = upscale.upscale(network, picture, scale=scale, tile=tile)
+    assert np.abs(tiled.astype(int) - whole.astype(int)).max() <= 1
+    assert (tiled != whole).mean() < 1e-3
+
+
+def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, seen = generator(), []
+    network.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    picture = np.zeros((100, 150, 3), np.uint8)
+    upscale.upscale(network, picture, scale=4, tile=32)
+    side = 32 + 2 * models.reach(network)
+    assert len(seen) == 4 * 5
+    assert all(max(shape[2:]) <= side for shape in seen)
+
+
+def test_gray_stays_gray_and_alpha_stays(picture: images.Picture, tmp_path: Path) -> None:
+    gray = picture[..., :1]
+    alpha = np.zeros((64, 80, 1), np.uint8)
+    alpha[20:40] = 255
+    for name, pixels, channels in (
+        ("gray", gray, 1),
+        ("gray_alpha", np.concatenate([gray, alpha], 2), 2),
+        ("colour", picture, 3),
+        ("colour_alpha", np.concatenate([picture, alpha], 2), 4),
+    ):
+        path = tmp_path / f"{name}.png"
+        images.save(pixels, path)
+        for own in (1, 3):
+            result = upscale.upscale_any(generator(own), path, scale=4, channels=own, tile=64)
+            assert result.shape == (256, 320, channels), (name, own)
+            if channels in (2, 4):
+                expected = np.asarray(
+                    Image.fromarray(alpha[..., 0]).resize((320, 256), Image.Resampling.BICUBIC)
+                )
+                assert np.array_equal(result[..., -1], expected)
+
+
+def test_gray_through_a_colour_model_is_its_luma(picture: images.Picture, tmp_path: Path) -> None:
+    images.save(picture[..., :1], tmp_path / "gray.png")
+    network = generator()
+    result = upscale.upscale_any(network, tmp_path / "gray.png", scale=4, channels=3, tile=64)
+    three = upscale.upscale(network, np.repeat(picture[..., :1], 3, 2), scale=4, tile=64)
+    assert np.array_equal(result[..., 0], np.asarray(Image.fromarray(three).convert("L")))
