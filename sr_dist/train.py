@@ -79,7 +79,6 @@ def _run(config: Config, processes: Processes) -> Result:
     identity = _identity(config, plan)
     start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
     settings = dataclasses.asdict(config)
-    objective = gan.build_objective(**settings["loss"], device=processes.device)
     networks = gan.build_networks(
         processes,
         generator=identity["generator"],
@@ -87,6 +86,7 @@ def _run(config: Config, processes: Processes) -> Result:
         optimizer=settings["optimizer"],
         half_life=config.train.ema_half_life,
     )
+    objective = gan.build_objective(**settings["loss"], device=processes.device)
 
     # Where the run stands.
     first_step = 0

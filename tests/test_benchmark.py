@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.helpers import succeed
+
+
+def test_step_prints_one_json_object_last() -> None:
+    done = succeed(
+        *("tools/benchmark.py", "step", "--batch-size", 2, "--crop-size", 32),
+        *("--repetitions", 3),
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["what"] == "step" and result["unit"] == "images/s"
+    assert result["ratio"] == pytest.approx(result["ours"] / result["reference"], rel=1e-3)
+    for name in ("ours", "reference"):
+        least, most = result["spread"][name]
+        assert 0 < least <= result[name] <= most
+    assert result["config"]["batch_size"] == 2 and result["versions"]["torch"]

@@ -1,0 +1,130 @@
+"""Which module may import which, and that the base dependencies are enough."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from tests.helpers import REPOSITORY
+
+# A module may import those of lower levels alone.
+LEVELS = [
+    {"errors"},
+    {"config", "images", "distributed"},
+    {"models", "losses", "metrics", "shards"},
+    {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale"},
+    {"evaluate"},
+    {"report"},
+    {"train"},
+]
+
+
+def modules() -> dict[str, list[ast.stmt]]:
+    """Top-level modules of sr_dist (a package counts as one) and their syntax trees."""
+    found: dict[str, list[ast.stmt]] = {}
+    for path in sorted((REPOSITORY / "sr_dist").rglob("*.py")):
+        name = path.relative_to(REPOSITORY / "sr_dist").parts[0].removesuffix(".py")
+        if name != "__init__":
+            found.setdefault(name, []).extend(ast.parse(path.read_text()).body)
+    return found
+
+
+def imports(body: list[ast.stmt]) -> set[str]:
+    """Dotted names of everything imported, at any depth of the code."""
+    names: set[str] = set()
+    for node in ast.walk(ast.Module(body, [])):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports(body: list[ast.stmt]) -> set[str]:
+    names = {name.split(".")[1] for name in imports(body) if name.startswith("sr_dist.")}
+    return names - {"__version__"}
+
+
+def test_imports_point_one_way() -> None:
+    found = modules()
+    assert set().union(*LEVELS) == set(found), "every module has its level"
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    for name, body in found.items():
+        for other in own_imports(body) - {name}:
+            assert level[other] < level[name], f"{name} imports {other}"
+
+
+def test_only_the_run_sees_the_configuration_and_only_one_module_accelerate() -> None:
+    for name, body in modules().items():
+        assert ("config" in own_imports(body)) == (name == "train"), name
+        uses = any(imported.split(".")[0] == "accelerate" for imported in imports(body))
+        assert uses == (name == "distributed"), name
+
+
+def test_the_library_does_not_parse_arguments_or_print() -> None:
+    for name, body in modules().items():
+        assert not any(imported.split(".")[0] == "argparse" for imported in imports(body)), name
+        calls = [node for node in ast.walk(ast.Module(body, [])) if isinstance(node, ast.Call)]
+        assert not any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls), name
+
+
+def base_distributions() -> set[str]:
+    """sr_dist and all that it needs without extras, by normalised name."""
+
+    def normalised(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    wanted, seen = ["sr-dist"], set()
+    while wanted:
+        name = wanted.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # for another platform
+        for requirement in requirements:
+            if "extra ==" not in requirement:
+                wanted.append(normalised(re.split(r"[\s;<>=!~\[(]", requirement, maxsplit=1)[0]))
+    return seen
+
+
+def test_every_module_imports_with_the_base_dependencies() -> None:
+    base = base_distributions()
+    assert {"torch", "accelerate", "webdataset"} <= base
+    foreign = sorted(
+        module
+        for module, distributions in metadata.packages_distributions().items()
+        if not {re.sub(r"[-_.]+", "-", d).lower() for d in distributions} & base
+        and module.isidentifier()
+        and module not in ("setuptools", "pip", "pkg_resources")
+    )
+    assert {"skimage", "pytest", "torchmetrics"} <= set(foreign)
+    names = [f"sr_dist.{name}" for name in modules()]
+    code = f"""
+import importlib, sys
+for name in {foreign!r}:
+    sys.modules[name] = None  # importing it raises ImportError
+for name in {names!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    import sr_dist
+
+    assert sr_dist.__version__ == metadata.version("sr_dist")
+
+
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "tests/run.sh", ".ci/run"])
+def test_scripts_are_sound_shell(script: str) -> None:
+    done = subprocess.run(["bash", "-n", REPOSITORY / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sr_dist import checkpoint, config, gan, models, shards, train
+from sr_dist.errors import UserError
+from tests.helpers import REPOSITORY, refuse, run, succeed
+
+TWO_PROCESSES = REPOSITORY / "launch" / "accelerate" / "cpu_2_processes.yaml"
+ONE_PROCESS = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
+
+
+@pytest.fixture
+def recipe(sharded: Path, photographs: Path, tmp_path: Path) -> Path:
+    """A small GAN that warms up for an epoch of 18 steps; random content features."""
+    (tmp_path / "chelsea.png").write_bytes((photographs / "chelsea.png").read_bytes())
+    (tmp_path / "val.txt").write_text("chelsea.png\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+run: {{name: small, output_dir: {tmp_path}/runs}}
+data:
+  {{train: {sharded}, validation: {tmp_path}/val.txt, crop_size: 48, crops_per_image: 1,
+    num_workers: 1}}
+model:
+  generator: {{num_channels: 8, num_blocks: 1, global_skip: bicubic}}
+  discriminator: {{head: gap}}
+loss:
+  pixel: {{kind: l1}}
+  content: {{weights: none}}
+  adversarial: {{kind: bce}}
+train: {{epochs: 2, global_batch_size: 8, warmup_images: 144, ema_half_life: 40}}
+tracking: {{log_every_steps: 4}}
+"""
+    )
+    return path
+
+
+def load(recipe: Path, *overrides: str) -> config.Config:
+    return config.load(recipe, overrides)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "logs" / "metrics_1_train_results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def saved(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """All tensors of the newest checkpoint, and its meta.json."""
+    found = checkpoint.find_newest(folder / "checkpoints")
+    assert found is not None
+    tensors = {
+        f"{path.stem}/{key}": value
+        for path in sorted(found.folder.glob("*.safetensors"))
+        for key, value in safetensors.torch.load_file(path).items()
+    }
+    for name, optimizer in found.training()["optimizers"].items():
+        for number, state in optimizer["state"].items():
+            tensors |= {f"optimizer/{name}/{number}/{k}": v for k, v in state.items()}
+    return tensors, found.meta
+
+
+def test_a_run_leaves_what_the_design_says(recipe: Path) -> None:
+    result = train.run(load(recipe))
+    folder = result.folder
+    steps = shards.read_index(load(recipe).data.train).samples // 8
+    assert steps == 18
+
+    assert [mean.upscaler for mean in result.means] == ["bicubic", "SR"]
+    assert result.means[1].psnr > result.means[0].psnr - 0.5
+    assert config.load(folder / "config.yaml") == load(recipe)
+
+    tensors, meta = saved(folder)
+    assert {name.split("/")[0] for name in tensors} == {
+        "generator",
+        "discriminator",
+        "ema",
+        "optimizer",
+    }
+    assert (meta["step"], meta["epoch"], meta["images_seen"], meta["world_size"]) == (36, 2, 288, 1)
+    assert all(torch.isfinite(value).all() for value in tensors.values())
+
+    first, second = rows(folder)
+    assert list(first) == ["Epoch", "Loss_D", "Loss_G", "Score_D", "Score_G", "PSNR", "SSIM"]
+    assert (first["Epoch"], second["Epoch"]) == ("1", "2")
+    assert first["Loss_D"] == "" and float(second["Loss_D"]) > 0, "the first epoch warms up"
+    assert 0 < float(second["Score_D"]) < 1
+    assert float(second["PSNR"]) == pytest.approx(result.means[1].psnr)
+
+    names = {path.name for path in (folder / "models").iterdir()}
+    assert names == {f"net{n}_4x_epoch{e}.pth.tar" for n in "GD" for e in (1, 2)}
+    evaluated, description = checkpoint.load_generator(folder / "models" / "netG_4x_epoch2.pth.tar")
+    for key, value in evaluated.state_dict().items():
+        assert torch.equal(value, tensors[f"ema/{key}"])
+    discriminator = models.build_discriminator("swift_srgan", channels=3, head="gap")
+    published = torch.load(folder / "models" / "netD_4x_epoch2.pth.tar", weights_only=True)
+    discriminator.load_state_dict(published["model"], strict=True)
+    assert (folder / "samples" / "epoch_2" / "chelsea.png").is_file()
+
+    points = scalars(folder)
+    assert [step for step, _ in points["loss/pixel"]] == [4, 8, 12, 16, 18, 20, 24, 28, 32, 36]
+    assert [step for step, _ in points["loss/adversarial"]] == [20, 24, 28, 32, 36]
+    assert [step for step, _ in points["psnr/SR"]] == [18, 36]
+    assert points["psnr/SR"][-1][1] == pytest.approx(result.means[1].psnr, rel=1e-5)
+    assert {
+        "loss/discriminator",
+        "loss/content",
+        "loss/total_variation",
+        "score/hr",
+        "score/sr",
+        "psnr/bicubic",
+        "ssim/SR",
+        "learning_rate/generator",
+        "speed/pictures_per_second",
+        "speed/data_wait_share",
+    } <= set(points)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["samples/chelsea"]
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+def test_the_discriminator_waits_for_the_warm_up(recipe: Path) -> None:
+    torch.manual_seed(0)
+    models.build_generator("swift_srgan", scale=4, channels=3, num_channels=8, num_blocks=1)
+    untouched = models.build_discriminator("swift_srgan", channels=3, head="gap").state_dict()
+    folder = train.run(load(recipe, "train.epochs=1")).folder
+    after_warm_up, _ = saved(folder)
+    train.run(load(recipe, "train.epochs=2"))
+    later, _ = saved(folder)
+    for name, value in untouched.items():
+        assert torch.equal(after_warm_up[f"discriminator/{name}"], value), name
+    assert not torch.equal(
+        later["discriminator/classifier.2.weight"], untouched["classifier.2.weight"]
+    )
+    assert not any(key.startswith("optimizer/discriminator/") for key in after_warm_up)
+    assert any(key.startswith("optimizer/discriminator/") for key in later)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    real, calls = gan.training_step, []
+
+    def stopping(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gan, "training_step", stopping)
+
+
+@pytest.mark.parametrize("stopped_at", [3, 19, 22, 31], ids=lambda step: f"step {step}")
+def test_a_stopped_run_ends_bit_identical(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    settings = ("checkpoint.every_steps=4", "optimizer.generator.schedule=cosine")
+    unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
+    stop_at(monkeypatch, stopped_at)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(load(recipe, *settings, "run.name=stopped"))
+    monkeypatch.undo()
+    again = train.run(load(recipe, *settings, "run.name=stopped"))
+
+    expected, expected_meta = saved(unbroken.folder)
+    found, found_meta = saved(again.folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert rows(again.folder) == rows(unbroken.folder)
+    assert again.means == unbroken.means
+    one, other = scalars(unbroken.folder), scalars(again.folder)
+    for tag in one:
+        if not tag.startswith("speed/"):
+            assert other[tag] == one[tag], f"{tag}: no point is lost or doubled"
+
+
+def test_a_complete_run_says_so_and_can_be_prolonged(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = train.run(load(recipe))
+    before, _ = saved(first.folder)
+    with caplog.at_level("INFO"):
+        again = train.run(load(recipe))
+    assert "is complete; raise train.epochs" in caplog.text
+    assert again.means == first.means
+    after, _ = saved(first.folder)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert len(rows(first.folder)) == 2
+    train.run(load(recipe, "train.epochs=3"))
+    assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2", "3"]
+
+
+def test_evaluation_can_be_rarer(recipe: Path) -> None:
+    result = train.run(load(recipe, "train.epochs=3", "evaluation.every_epochs=2"))
+    assert [bool(row["PSNR"]) for row in rows(result.folder)] == [False, True, True]
+
+
+def test_changes_that_a_run_cannot_follow(recipe: Path) -> None:
+    train.run(load(recipe, "train.epochs=1"))
+    for override, message in (
+        ("model.generator.num_channels=16", "another generator: num_channels was 8, is 16"),
+        ("data.scale=2", "another generator: scale was 4, is 2"),
+        ("train.global_batch_size=4", "another data: global_batch_size was 8, is 4"),
+        ("loss.adversarial.weight=0", "it was trained with a discriminator"),
+        ("run.resume=never", "run.resume is never"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.run(load(recipe, override))
+
+
+def test_nothing_is_written_before_all_is_checked(recipe: Path, tmp_path: Path) -> None:
+    for override, message in (
+        ("data.train=nowhere", "no shards at nowhere"),
+        ("data.validation=nowhere", "nowhere does not exist"),
+        ("data.crop_size=96", "crop_size is 96, but .* pictures of 64 pixels"),
+        ("train.global_batch_size=1000", "a global batch needs 1000"),
+        ("loss.content.weights=nowhere.pth", "nowhere.pth does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.run(load(recipe, override))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"loss/\w+ is (nan|inf) at step"):
+        train.run(
+            load(
+                recipe,
+                "optimizer.generator.learning_rate=1e30",
+                "tracking.log_every_steps=1",
+                "train.warmup_images=0",
+            )
+        )
+
+
+def test_command_with_the_original_options(recipe: Path, tmp_path: Path) -> None:
+    done = succeed(
+        *("launch/train.py", "--config", recipe, "train.warmup_images=0", "--num_epochs", 1),
+        *("--batch_size", 4, "--upscale_factor", 2, "loss.content.weight=0"),
+    )
+    meta = saved(tmp_path / "runs" / "small")[1]
+    assert meta["data"]["global_batch_size"] == 4  # type: ignore[index]
+    assert meta["generator"]["scale"] == 2  # type: ignore[index]
+    assert (tmp_path / "runs" / "small" / "models" / "netG_2x_epoch1.pth.tar").exists()
+    table = done.stdout.splitlines()
+    assert "colour y, border 2, range 255, SSIM gaussian 11, sigma 1.5" in done.stdout
+    assert any(line.split()[:1] == ["bicubic"] for line in table)
+    assert any(line.split()[:1] == ["SR"] for line in table)
+    assert "pictures/s" in done.stderr and "data wait" in done.stderr and "left" in done.stderr
+
+
+def test_command_refuses_in_one_message(recipe: Path) -> None:
+    message = refuse("launch/train.py", "--config", recipe, "trian.epochs=1")
+    assert "trian: unknown key; did you mean train?" in message
+    message = refuse("launch/train.py", "--config", recipe, "train.mixed_precision=fp16")
+    assert "fp16 needs a GPU" in message
+
+
+def test_bf16(recipe: Path, tmp_path: Path) -> None:
+    for precision in ("no", "bf16"):
+        succeed(
+            *("launch/train.py", "--config", recipe, f"run.name=in_{precision}"),
+            *(f"train.mixed_precision={precision}", "train.epochs=1", "train.warmup_images=0"),
+        )
+    exact, _ = saved(tmp_path / "runs" / "in_no")
+    rounded, _ = saved(tmp_path / "runs" / "in_bf16")
+    differences = [
+        (exact[name] - rounded[name]).abs().max().item()
+        for name in exact
+        if name.startswith("generator/") and exact[name].is_floating_point()
+    ]
+    assert 0 < max(differences) < 0.1
+    losses = [float(rows(tmp_path / "runs" / f"in_{p}")[0]["Loss_G"]) for p in ("no", "bf16")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_train_the_run_of_one(recipe: Path, tmp_path: Path) -> None:
+    """Without BatchNorm, 2 ranks of 4 crops do what 1 rank of 8 does, to float tolerance."""
+    overrides = ("model.generator.norm=none", "loss.adversarial.weight=0", "train.epochs=1")
+    for name, launcher in (("one", ONE_PROCESS), ("two", TWO_PROCESSES)):
+        done = run(
+            *("accelerate", "launch", "--config_file", launcher, REPOSITORY / "launch/train.py"),
+            *("--config", recipe, f"run.name={name}", "train.warmup_images=0", *overrides),
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stderr
+        world_size = {"one": 1, "two": 2}[name]
+        assert f"{world_size} process(es) on cpu" in done.stderr
+        assert done.stdout.count("PSNR dB") == 1, "rank 0 alone speaks"
+    (one, one_meta), (two, two_meta) = saved(tmp_path / "runs/one"), saved(tmp_path / "runs/two")
+    assert (one_meta["world_size"], two_meta["world_size"]) == (1, 2)
+    assert one_meta["step"] == two_meta["step"] == 18
+    for name, value in one.items():
+        if name.startswith(("generator/", "ema/")):
+            torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=name)
+    a, b = rows(tmp_path / "runs/one"), rows(tmp_path / "runs/two")
+    assert float(a[0]["Loss_G"]) == pytest.approx(float(b[0]["Loss_G"]), rel=1e-4)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_path: Path) -> None:
+    for epochs, launcher in ((1, TWO_PROCESSES), (2, ONE_PROCESS), (3, TWO_PROCESSES)):
+        done = run(
+            *("accelerate", "launch", "--config_file", launcher, REPOSITORY / "launch/train.py"),
+            *("--config", recipe, f"train.epochs={epochs}"),
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stderr
+    assert [row["Epoch"] for row in rows(tmp_path / "runs/small")] == ["1", "2", "3"]
+    assert saved(tmp_path / "runs/small")[1]["world_size"] == 2
+
+
+@pytest.mark.multiprocess
+def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
+        REPOSITORY / "tests" / "workers" / "ranks_agree.py",
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["world_size"] == 2
+    assert found["differing_parameters"] == []
+    assert found["differing_buffers_before_averaging"], (
+        "local statistics differ, or this is no test"
+    )
+    assert found["differing_buffers"] == []
+    assert found["means"] == {"rank": 0.5}
+
+
+@pytest.mark.multiprocess
+def test_batch_that_does_not_divide_is_refused(recipe: Path) -> None:
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES, REPOSITORY / "launch/train.py"),
+        *("--config", recipe, "train.global_batch_size=7"),
+        timeout=180,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("global_batch_size 7 does not divide among 2 processes") == 1
+
+
+def test_the_quickstart_recipe_runs_as_its_script_does(tmp_path: Path) -> None:
+    """The commands of launch/quickstart.sh, on one epoch of one crop a tile."""
+    script = (REPOSITORY / "launch" / "quickstart.sh").read_text()
+    assert "--val-fraction 0.2 --seed 18" in script and "--tile 128" in script
+    data = tmp_path / "data" / "quickstart"
+    succeed("tools/make_dataset.py", "--source", "sample", "--output", data / "images")
+    succeed(
+        *("tools/split_dataset.py", "--images", data / "images"),
+        *("--val-fraction", 0.2, "--seed", 18),
+    )
+    succeed(
+        *("tools/make_shards.py", "--images", data / "images" / "train.txt"),
+        *("--output", data / "shards", "--tile", 128),
+    )
+    done = succeed(
+        *("launch/train.py", "--config", REPOSITORY / "configs" / "quickstart.yaml"),
+        *("train.epochs=1", "data.crops_per_image=1", "train.warmup_images=80"),
+        cwd=tmp_path,
+    )
+    bicubic, model = (
+        float(line.split()[1])
+        for line in done.stdout.splitlines()
+        if line.split()[:1] in (["bicubic"], ["SR"])
+    )
+    assert model > bicubic - 0.5
+    settings = yaml.safe_load((tmp_path / "runs" / "quickstart" / "config.yaml").read_text())
+    assert settings["model"]["generator"]["global_skip"] == "bicubic"
