@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _TIMEOUT = datetime.timedelta(hours=2)
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes of this run, seen from one of them."""
+    """The processes of this run, seen from one of them. Made by `joined`."""
 
     accelerator: Accelerator
     rank: int
@@ -82,19 +83,19 @@ class Processes:
         """Return when every rank is here."""
         self.accelerator.wait_for_everyone()
 
-    def end(self) -> None:
-        self.accelerator.end_training()
-
 
 def launched_world_size() -> int:
     """The number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(mixed_precision: str | None, seed: int) -> Processes:
+@contextlib.contextmanager
+def joined(mixed_precision: str | None, seed: int) -> Iterator[Processes]:
     """Join the processes that `accelerate launch` (or torchrun) started, or be the only one.
 
-    `mixed_precision`: no, bf16, fp16, or None for what accelerate launch was told.
+    `mixed_precision`: no, bf16, fp16, or None for what accelerate launch was told. Build what holds
+    wrapped modules in a function called inside, so that they are gone when the group is closed: an
+    interpreter that ends while gloo's threads still work is aborted.
 
     Raises:
         UserError: fp16 without a GPU; accelerate would compute in fp32 and not say so.
@@ -118,10 +119,18 @@ def start(mixed_precision: str | None, seed: int) -> Processes:
         torch.backends.cudnn.allow_tf32 = True
     # All ranks build the same weights; nothing in a step draws from this generator.
     torch.manual_seed(seed)
-    return Processes(
+    processes = Processes(
         accelerator=accelerator,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
         mixed_precision=str(accelerator.mixed_precision),
     )
+    try:
+        yield processes
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the wrapped modules
+        raise
+    finally:
+        accelerator.free_memory()
+        accelerator.end_training()

@@ -48,11 +48,8 @@ def run(config: Config) -> Result:
     Raises:
         UserError: the configuration does not fit the data, the machine or the run's checkpoint.
     """
-    processes = distributed.start(config.train.mixed_precision, config.run.seed)
-    try:
+    with distributed.joined(config.train.mixed_precision, config.run.seed) as processes:
         return _run(config, processes)
-    finally:
-        processes.end()
 
 
 def _run(config: Config, processes: Processes) -> Result:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -27,8 +27,9 @@ OFF = {
 
 
 @pytest.fixture(scope="module")
-def processes() -> Processes:
-    return distributed.start("no", seed=0)
+def processes() -> Iterator[Processes]:
+    with distributed.joined("no", seed=0) as joined:
+        yield joined
 
 
 def build(processes: Processes, half_life: float = 0, global_skip: str = "none") -> gan.Networks:

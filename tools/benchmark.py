@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from sr_dist import gan, losses, models
-from sr_dist.distributed import Processes, start
+from sr_dist.distributed import Processes, joined
 from sr_dist.errors import exit_on_user_error
 
 EXAMPLE = """
@@ -133,7 +133,11 @@ def take_turns(
 
 
 def measure_step(arguments: argparse.Namespace) -> dict[str, object]:
-    processes = start(arguments.mixed_precision, seed=0)
+    with joined(arguments.mixed_precision, seed=0) as processes:
+        return measure_step_on(processes, arguments)
+
+
+def measure_step_on(processes: Processes, arguments: argparse.Namespace) -> dict[str, object]:
     hr_side, lr_side = arguments.crop_size, arguments.crop_size // arguments.scale
     random = torch.Generator().manual_seed(0)
 

@@ -8,37 +8,8 @@ from sr_dist import distributed, gan
 
 ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01}
 
-processes = distributed.start("no", seed=0)
-networks = gan.build_networks(
-    processes,
-    generator={
-        "name": "swift_srgan",
-        "scale": 4,
-        "channels": 3,
-        "num_channels": 8,
-        "num_blocks": 1,
-    },
-    discriminator={"name": "swift_srgan", "channels": 3, "head": "gap"},
-    optimizer={"generator": ADAMW, "discriminator": ADAMW},
-    half_life=10,
-)
-objective = gan.build_objective(
-    pixel={"kind": "l1", "weight": 1.0},
-    content={"weights": "none", "normalize": True, "weight": 0.006},
-    adversarial={"kind": "bce", "weight": 0.1},
-    total_variation={"kind": "l1", "weight": 1e-3},
-    device=processes.device,
-)
-random = torch.Generator().manual_seed(processes.rank)
-for step in range(3):
-    hr = torch.randint(256, (2, 3, 32, 32), generator=random, dtype=torch.uint8)
-    lr = torch.randint(256, (2, 3, 8, 8), generator=random, dtype=torch.uint8)
-    gan.training_step(
-        processes, networks, objective, lr, hr, warming_up=False, images_seen=4 * step, images=4
-    )
 
-
-def differing(kind: str) -> list[str]:
+def differing(networks: gan.Networks, kind: str) -> list[str]:
     names = []
     for network, module in networks.weights.items():
         for name, tensor in getattr(module, f"named_{kind}")():
@@ -50,16 +21,48 @@ def differing(kind: str) -> list[str]:
     return names
 
 
-found = {
-    "world_size": torch.distributed.get_world_size(),
-    "differing_buffers_before_averaging": differing("buffers"),
-    "means": processes.means({"rank": torch.tensor(float(processes.rank))}),
-}
-processes.average_buffers(*networks.weights.values())
-found |= {
-    "differing_parameters": differing("parameters"),
-    "differing_buffers": differing("buffers"),
-}
-if processes.is_main:
-    print(json.dumps(found), flush=True)
-processes.end()
+def main(processes: distributed.Processes) -> None:
+    networks = gan.build_networks(
+        processes,
+        generator={
+            "name": "swift_srgan",
+            "scale": 4,
+            "channels": 3,
+            "num_channels": 8,
+            "num_blocks": 1,
+        },
+        discriminator={"name": "swift_srgan", "channels": 3, "head": "gap"},
+        optimizer={"generator": ADAMW, "discriminator": ADAMW},
+        half_life=10,
+    )
+    objective = gan.build_objective(
+        pixel={"kind": "l1", "weight": 1.0},
+        content={"weights": "none", "normalize": True, "weight": 0.006},
+        adversarial={"kind": "bce", "weight": 0.1},
+        total_variation={"kind": "l1", "weight": 1e-3},
+        device=processes.device,
+    )
+    random = torch.Generator().manual_seed(processes.rank)
+    for step in range(3):
+        hr = torch.randint(256, (2, 3, 32, 32), generator=random, dtype=torch.uint8)
+        lr = torch.randint(256, (2, 3, 8, 8), generator=random, dtype=torch.uint8)
+        gan.training_step(
+            processes, networks, objective, lr, hr, warming_up=False, images_seen=4 * step, images=4
+        )
+
+    found = {
+        "world_size": torch.distributed.get_world_size(),
+        "differing_buffers_before_averaging": differing(networks, "buffers"),
+        "means": processes.means({"rank": torch.tensor(float(processes.rank))}),
+    }
+    processes.average_buffers(*networks.weights.values())
+    found |= {
+        "differing_parameters": differing(networks, "parameters"),
+        "differing_buffers": differing(networks, "buffers"),
+    }
+    if processes.is_main:
+        print(json.dumps(found), flush=True)
+
+
+with distributed.joined("no", seed=0) as processes:
+    main(processes)
