@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import os
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,7 +40,10 @@ class Processes:
         self, module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module in DistributedDataParallel and autocast; the optimiser behind the scaler."""
-        return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+        with warnings.catch_warnings():
+            # torch 2.14 renames the option; older releases lack the new name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return self.accelerator.autocast()  # type: ignore[no-any-return]

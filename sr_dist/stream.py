@@ -7,8 +7,8 @@ step t on, on any number of ranks and workers (see `shards`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class CropStream(IterableDataset[Any]):
             first = next(shards.windows(plan, epoch, lane, step)).first
             samples = self._read(shards.segments(plan, epoch, lane, first))
             for window in shards.windows(plan, epoch, lane, step):
-                members = list(islice(samples, window.size))
+                members = list(itertools.islice(samples, window.size))
                 done = max(0, step - window.first * plan.crops_per_image)
                 yield from self._crops(epoch, members, window.order[done:])
             epoch, step = epoch + 1, 0
@@ -158,14 +158,19 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         worker_init_fn=_one_thread,
     )
     parts = iter(loader)
-    for _ in range(stream.first_step, stream.last_step):
-        # Workers take turns, so consecutive items are the parts of one batch.
-        rows = [_checked(next(parts)) for _ in range(max(1, num_workers))]
-        if len(rows) == 1:
-            yield rows[0]
-        else:
-            lr, hr = zip(*rows, strict=True)
-            yield torch.cat(lr), torch.cat(hr)
+    try:
+        for _ in range(stream.first_step, stream.last_step):
+            # Workers take turns, so consecutive items are the parts of one batch.
+            rows = [_checked(next(parts)) for _ in range(max(1, num_workers))]
+            if len(rows) == 1:
+                yield rows[0]
+            else:
+                lr, hr = zip(*rows, strict=True)
+                yield torch.cat(lr), torch.cat(hr)
+    finally:
+        # Left to a traceback, the workers would be ended by the garbage collector, which closes
+        # their queues first and then waits 5 s for each.
+        del parts
 
 
 def _checked(item: Batch | DataError) -> Batch:
