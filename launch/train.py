@@ -44,6 +44,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     with exit_on_user_error():
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
         from sr_dist import config, distributed, train
 
         overrides = list(arguments.overrides)
@@ -56,7 +58,8 @@ def main() -> None:
             overrides.append(f"train.global_batch_size={arguments.batch_size * world_size}")
         settings = config.load(arguments.config, overrides)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-        result = train.run(settings)
+        with logging_redirect_tqdm():  # messages above the live progress line, not through it
+            result = train.run(settings)
     if result.means:
         print_summary(result)
 

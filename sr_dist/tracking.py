@@ -133,7 +133,9 @@ class Progress:
         self.waited = self.waited_at_mark = 0.0
         self.done_at_mark = done
         live = visible and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, unit="picture", smoothing=0.05) if live else None
+        self.bar = (
+            tqdm(total=total, initial=done, unit=" pictures", smoothing=0.05) if live else None
+        )
         self.visible = visible
 
     def advance(self, pictures: int, waited: float) -> None:
@@ -153,14 +155,15 @@ class Progress:
         rate = (self.done - self.done_at_mark) / elapsed
         share = (self.waited - self.waited_at_mark) / elapsed
         self.marked, self.done_at_mark, self.waited_at_mark = now, self.done, self.waited
-        shown = " ".join(
-            f"{name.removeprefix('loss/')} {value:.4f}"
+        losses = {
+            name.removeprefix("loss/"): f"{value:.4f}"
             for name, value in scalars.items()
             if name.startswith("loss/")
-        )
+        }
         if self.bar is not None:
+            networks = [losses[name] for name in ("generator", "discriminator") if name in losses]
             self.bar.set_description(f"epoch {epoch}", refresh=False)
-            self.bar.set_postfix_str(f"data wait {share:.1%} {shown}")
+            self.bar.set_postfix_str(f"data wait {share:.1%}, loss {' / '.join(networks)}")
         elif self.visible:
             overall = (self.done - self.first) / (now - self.started)
             log.info(
@@ -171,7 +174,7 @@ class Progress:
                 rate,
                 _clock((self.total - self.done) / overall),
                 100 * share,
-                shown,
+                " ".join(f"{name} {value}" for name, value in losses.items()),
             )
         return {"speed/pictures_per_second": rate, "speed/data_wait_share": share}
 
