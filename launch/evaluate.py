@@ -69,23 +69,34 @@ def main() -> None:
             raise UserError("nothing to measure; give --checkpoint FILE_OR_RUN or --method bicubic")
         if scale < 2:
             raise UserError(f"--scale: expected 2 or more, found {scale}")
+        if arguments.tile < 16:
+            raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
         upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
-        channels = 3
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        channels = {}
         for path in arguments.checkpoint:
             generator, description = checkpoint.load_generator(path)
             if description["scale"] != scale:
                 raise UserError(
                     f"{path} enlarges {description['scale']} times, but --scale is {scale}"
                 )
-            channels = description["channels"]
+            channels[path] = description["channels"]
             generator.to(device=device, memory_format=torch.channels_last)
             name = evaluate.unused_name(path.name.removesuffix(".pth.tar"), upscalers)
             upscalers[name] = evaluate.learned(generator, scale=scale, tile=arguments.tile)
-        total = evaluate.check_readable(arguments.data)
-        pairs = evaluate.read_pairs(
-            arguments.data, scale=scale, channels=channels, lr_folder=arguments.lr
-        )
+        if len(set(channels.values())) > 1:
+            listing = ", ".join(f"{path} has {number}" for path, number in channels.items())
+            raise UserError(
+                f"models of different numbers of channels cannot be compared: {listing}"
+            )
+        data = {
+            "data": arguments.data,
+            "scale": scale,
+            "channels": next(iter(channels.values()), 3),
+            "lr_folder": arguments.lr,
+        }
+        total = evaluate.check(**data)
+        pairs = evaluate.read_pairs(**data)
         protocol = metrics.protocol(arguments.protocol, scale)
         writer = report.Writer(arguments.output, scale=scale, protocol=protocol)
         rows = evaluate.evaluate(

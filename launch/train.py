@@ -3,9 +3,10 @@
 
 import argparse
 import logging
+import os
 import sys
 
-from sr_dist.errors import exit_on_user_error
+from sr_dist.errors import exit_on_user_error, said_once_a_node
 
 EXAMPLE = """
 examples:
@@ -56,8 +57,10 @@ def main() -> None:
         if arguments.batch_size is not None:
             world_size = distributed.launched_world_size()
             overrides.append(f"train.global_batch_size={arguments.batch_size * world_size}")
-        settings = config.load(arguments.config, overrides)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        with said_once_a_node():
+            settings = config.load(arguments.config, overrides)
+        level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
         with logging_redirect_tqdm():  # messages above the live progress line, not through it
             result = train.run(settings)
     if result.means:

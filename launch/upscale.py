@@ -58,6 +58,10 @@ def main() -> None:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
         pictures = dataset.find_pictures(arguments.input)
         targets = dataset.png_targets([relative for _, relative in pictures])
+        written = {(arguments.output / target).resolve() for target in targets}
+        for path, _ in pictures:
+            if path.resolve() in written:
+                raise UserError(f"{path} would be overwritten by a result; choose another --output")
         generator, description = checkpoint.load_generator(arguments.checkpoint)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         generator.to(device=device, memory_format=torch.channels_last)
@@ -77,7 +81,7 @@ def main() -> None:
                 rejects.append(f"{path} {error}")
                 continue
             (arguments.output / target).parent.mkdir(parents=True, exist_ok=True)
-            images.save(result, arguments.output / target)
+            images.save(result, arguments.output / target, images.colour_profile(path))
         print(f"{len(pictures) - len(rejects)} picture(s) in {arguments.output}")
         if rejects:
             raise UserError(

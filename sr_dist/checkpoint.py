@@ -64,7 +64,10 @@ def save(
     meta: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/step-N` and then remove all but the `keep` newest. For rank 0 alone.
+    """Write `folder/step-N` and then remove all but it and the newest before it. For rank 0 alone.
+
+    `keep` remain. Later ones are removed too: this run did not come from them, because they were
+    found damaged.
 
     `weights`: modules by file name. `training`: tensors and plain numbers. `meta`: what `meta.json`
     shall say beside the step and the hashes.
@@ -86,7 +89,9 @@ def save(
     shutil.rmtree(target, ignore_errors=True)  # of a stopped run that passed here before
     os.replace(partial, target)
     _sync_folder(folder)
-    for old in _folders(folder)[keep:]:
+    others = [other for other in _folders(folder) if other != target]
+    earlier = [other for other in others if _step(other) < step]
+    for old in [other for other in others if other not in earlier] + earlier[keep - 1 :]:
         shutil.rmtree(old)
     return target
 
@@ -185,7 +190,10 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(
             f"{path} does not exist; expected a run's folder, a checkpoint's, or a .pth.tar file"
         )
-    generator = models.build_generator(**description)
+    try:
+        generator = models.build_generator(**description)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} holds a model that this version does not know: {error}") from None
     load_weights(generator, state, str(path))
     return generator.eval(), description
 
@@ -242,7 +250,11 @@ def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _folders(folder: Path) -> list[Path]:
     """Checkpoints, newest first by number."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,10 +29,19 @@ def setting(
     *,
     choices: Sequence[Any] | None = None,
     minimum: float | None = None,
+    maximum: float | None = None,
     above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """A field with its meaning and the values it accepts (`minimum` inclusive, `above` not)."""
-    limits = {"meaning": meaning, "choices": choices, "minimum": minimum, "above": above}
+    """A field, its meaning and its range: `minimum` and `maximum` belong to it, the others not."""
+    limits = {
+        "meaning": meaning,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+    }
     if default is REQUIRED:
         return dataclasses.field(metadata=limits)
     return dataclasses.field(default=default, metadata=limits)
@@ -42,7 +51,7 @@ def setting(
 class Run:
     name: str = setting("run", "names the run's folder inside output_dir")
     output_dir: str = setting("runs", "folder that holds the run folders")
-    seed: int = setting(0, "seeds weights, sample order, crops and flips", minimum=0)
+    seed: int = setting(0, "seeds weights, sample order, crops and flips", minimum=0, maximum=2**63)
     resume: str = setting(
         "auto",
         "auto: go on from the newest whole checkpoint; never: refuse to",
@@ -146,8 +155,8 @@ class AdamW:
         "constant, or cosine: falls to 0 at the end of the run; counted in images",
         choices=("constant", "cosine"),
     )
-    beta1: float = setting(0.9, "decay of the gradient's mean", minimum=0)
-    beta2: float = setting(0.999, "decay of the gradient's square", minimum=0)
+    beta1: float = setting(0.9, "decay of the gradient's mean", minimum=0, below=1)
+    beta2: float = setting(0.999, "decay of the gradient's square", minimum=0, below=1)
     weight_decay: float = setting(0.01, "decoupled weight decay", minimum=0)
 
 
@@ -223,8 +232,10 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(
             f"cannot read the configuration {path}: {error.strerror}. Recipes are in configs/."
         ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file; expected a YAML recipe") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -241,6 +252,21 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return typing.cast(Config, config)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load` reads back to an equal `Config`."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
@@ -249,7 +275,7 @@ def to_yaml(config: Config) -> str:
 def _contradictions(config: Config) -> list[str]:
     """Problems that no single key shows."""
     problems = []
-    if not config.run.name or Path(config.run.name).name != config.run.name:
+    if Path(config.run.name).name != config.run.name or config.run.name in ("", ".", ".."):
         problems.append(f"run.name: expected a plain folder name, found {config.run.name!r}")
     if config.data.crop_size % config.data.scale:
         problems.append(
@@ -340,9 +366,11 @@ def _value(
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         optional = " or null" if types.NoneType in kinds else ""
         expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        problems.append(f"{key}: expected {expected[kind]}{optional}, found {value!r}")
+        hint = f"; for the text, write '\"{value}\"'" if kind is str else ""
+        problems.append(f"{key}: expected {expected[kind]}{optional}, found {value!r}{hint}")
         return value
-    choices, minimum, above = limits["choices"], limits["minimum"], limits["above"]
+    choices, minimum, maximum = limits["choices"], limits["minimum"], limits["maximum"]
+    above, below = limits["above"], limits["below"]
     if kind is float and not math.isfinite(value):
         problems.append(f"{key}: expected a finite number, found {value!r}")
     elif choices is not None and value not in choices:
@@ -352,6 +380,10 @@ def _value(
         problems.append(f"{key}: expected one of {listing}, found {value!r}{hint}")
     elif minimum is not None and not value >= minimum:
         problems.append(f"{key}: expected at least {minimum}, found {value!r}")
+    elif maximum is not None and not value <= maximum:
+        problems.append(f"{key}: expected at most {maximum}, found {value!r}")
+    elif below is not None and not value < below:
+        problems.append(f"{key}: expected less than {below}, found {value!r}")
     elif above is not None and not value > above:
         problems.append(f"{key}: expected more than {above}, found {value!r}")
     return value

@@ -147,45 +147,55 @@ def collect(
     return Collected(copied, present, duplicates, rejects)
 
 
-def split(folder: Path, val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Write `train.txt` and `val.txt` into `folder`, and return what they list.
+def split(
+    folder: Path, val_fraction: float, seed: int, output: Path | None = None
+) -> tuple[list[str], list[str]]:
+    """Write `train.txt` and `val.txt` into `output` (or `folder`), and return what they list.
 
     A picture belongs where the hash of `seed` and its bytes says, whatever else is there; one that
-    an earlier run listed stays where it is. Neither list is ever empty.
+    an earlier run listed stays where it is. Neither list is ever empty. Paths are relative to the
+    lists.
 
     Raises:
-        UserError: fewer than two pictures, or a fraction that is not between 0 and 1.
+        UserError: fewer than two pictures, a fraction that is not between 0 and 1, or no picture
+            left for one side.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction: expected a number between 0 and 1, found {val_fraction}")
     if not folder.is_dir():
-        raise UserError(
-            f"{folder} does not exist; gather pictures with tools/make_dataset.py first"
-        )
+        raise UserError(f"{folder} does not exist; expected a folder of pictures")
+    output = folder if output is None else output
     paths = images.find(folder)
     if len(paths) < 2:
         raise UserError(
             f"{folder} holds {len(paths)} picture(s); two are needed, one for each side"
         )
-    names = [path.relative_to(folder).as_posix() for path in paths]
+    names = [Path(os.path.relpath(path, output)).as_posix() for path in paths]
     shares = {name: _share(path, seed) for name, path in zip(names, paths, strict=True)}
-    earlier = {side: set(_read_list(folder / f"{side}.txt")) for side in ("train", "val")}
+    earlier = {side: set(_read_list(output / f"{side}.txt")) for side in ("train", "val")}
     validation = {
         name
         for name in names
         if name in earlier["val"] or (name not in earlier["train"] and shares[name] < val_fraction)
     }
-    # A small folder may hash to one side alone; the nearest picture then crosses over.
-    by_share = sorted(names, key=lambda name: (shares[name], name))
-    if not validation:
-        validation = {by_share[0]}
-    if len(validation) == len(names):
-        validation.remove(by_share[-1])
+    # A small folder may hash to one side alone; the nearest picture then crosses over, but never
+    # one that an earlier run has listed: it may have been trained on.
+    if len(validation) in (0, len(names)):
+        movable = [name for name in names if name not in earlier["train"] | earlier["val"]]
+        if not movable:
+            side = "validation" if not validation else "training"
+            raise UserError(
+                f"no picture is left for {side}: all are listed for the other side. Add pictures, "
+                f"or delete {output}/train.txt and val.txt to divide afresh."
+            )
+        by_share = sorted(movable, key=lambda name: (shares[name], name))
+        validation ^= {by_share[0] if not validation else by_share[-1]}
     sides = ([name for name in names if name not in validation], sorted(validation))
+    output.mkdir(parents=True, exist_ok=True)
     for side, listed in zip(("train", "val"), sides, strict=True):
-        partial = folder / f".{side}.txt.part"
+        partial = output / f".{side}.txt.part"
         partial.write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
-        os.replace(partial, folder / f"{side}.txt")
+        os.replace(partial, output / f"{side}.txt")
     return sides
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import os
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from sr_dist.errors import UserError
+from sr_dist.errors import UserError, said_once_a_node
 
 # Ranks that wait while rank 0 evaluates must outlast it.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -88,6 +89,16 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
 
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other rank has met the same mistake yet."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+    try:
+        return bool(store.add(f"sr_dist/said/{digest}", 1) == 1)
+    except RuntimeError:  # the process that keeps the store is gone: nobody else is left to speak
+        return True
+
+
 def launched_world_size() -> int:
     """The number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -106,8 +117,9 @@ def joined(mixed_precision: str | None, seed: int) -> Iterator[Processes]:
     """
     on_cpu = not torch.cuda.is_available()
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if on_cpu and (mixed_precision or told) == "fp16":
-        raise UserError("mixed precision fp16 needs a GPU, and none is here; use bf16 or no")
+    with said_once_a_node():
+        if on_cpu and (mixed_precision or told) == "fp16":
+            raise UserError("mixed precision fp16 needs a GPU, and none is here; use bf16 or no")
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=mixed_precision,
@@ -133,6 +145,8 @@ def joined(mixed_precision: str | None, seed: int) -> Iterator[Processes]:
     try:
         yield processes
     except BaseException as error:
+        if isinstance(error, UserError) and processes.world_size > 1:
+            error.silent = not _is_first_to_say(str(error))
         traceback.clear_frames(error.__traceback__)  # they hold the wrapped modules
         raise
     finally:

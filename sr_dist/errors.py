@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
 
 USER_MISTAKE = 2  # exit status
+
+# What the system says of a path or a disk that is the user's to mend.
+_OF_THE_PLACE = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 class UserError(ValueError):
@@ -15,21 +29,45 @@ class UserError(ValueError):
 
     The message says what was found, what was expected, where, and what to do. Commands turn it
     into exit status 2 without a traceback; every other exception is a defect and keeps its own.
+    `silent`: another rank has said the same already.
     """
+
+    silent = False
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError` into its message on standard error and exit status 2.
 
-    Ranks of one node meet the same mistake together, so only its first rank speaks, unless the
-    processes were already at work and one of them alone may have failed.
+    The same for a file or folder that cannot be used, and for a full disk.
     """
     try:
         yield
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "one_rank", False):
-            prefix = "error" if rank == "0" else f"error (rank {rank})"
-            sys.stderr.write(f"{prefix}: {error}\n")
+        if not error.silent:
+            _say(str(error))
         raise SystemExit(USER_MISTAKE) from None
+    except OSError as error:
+        if (
+            error.errno not in _OF_THE_PLACE
+            or error.filename is None
+            and error.errno != errno.ENOSPC
+        ):
+            raise
+        _say(f"cannot use {error.filename or 'the disk'}: {error.strerror}")
+        raise SystemExit(USER_MISTAKE) from None
+
+
+@contextlib.contextmanager
+def said_once_a_node() -> Iterator[None]:
+    """For what all processes of a machine meet alike before they know of each other."""
+    try:
+        yield
+    except UserError as error:
+        error.silent = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+def _say(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(f"error: {message}\n" if rank == "0" else f"error (rank {rank}): {message}\n")

@@ -54,12 +54,13 @@ def read_pairs(
 
     `data`: a folder of pictures, a text file that lists some, one picture, or shards. HR is cut to
     a multiple of `scale` and LR made from it, unless `lr_folder` holds it (`NAME.*`, `NAMEx4.*` or
-    `NAME_x4.*`); HR is then cut to `scale` times LR.
+    `NAME_x4.*`, in the same folder below it); HR is then cut to `scale` times LR.
 
     Raises:
         UserError: nothing is there, a picture cannot be used, or an LR does not fit its HR.
     """
     least = 2 * scale + metrics.SSIM_SIDE
+    given = _by_place(lr_folder) if lr_folder is not None else {}
     for name, source in _sources(data):
         try:
             hr = images.decode(source, channels)
@@ -67,9 +68,8 @@ def read_pairs(
             raise UserError(f"{data}: {name} {error}") from None
         if lr_folder is None:
             hr = images.crop_to_multiple(hr, scale)
-            lr = images.to_pictures(images.downscale(images.to_batch([hr]), scale))[0]
         else:
-            path = _find_lr(lr_folder, Path(name).stem, scale)
+            path = _find_lr(given, lr_folder, name, scale)
             try:
                 lr = images.decode(path, channels)
             except images.PictureError as error:
@@ -87,18 +87,19 @@ def read_pairs(
                 f"{data}: {name} is {hr.shape[1]}x{hr.shape[0]} pixels; the metrics need {least} "
                 "on each side"
             )
+        if lr_folder is None:
+            lr = images.to_pictures(images.downscale(images.to_batch([hr]), scale))[0]
         yield Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr))
 
 
-def check_readable(data: str) -> int:
-    """The number of pictures that `read_pairs` will find, without decoding any.
+def check(data: str, *, scale: int, channels: int, lr_folder: Path | None = None) -> int:
+    """Read all that `read_pairs` will read. Returns the number of pairs.
 
     Raises:
-        UserError: there is none.
+        UserError: as `read_pairs`.
     """
-    if _is_shards(data):
-        return shards.read_index(data).samples
-    return len(_files(data))
+    pairs = read_pairs(data, scale=scale, channels=channels, lr_folder=lr_folder)
+    return sum(1 for _ in pairs)
 
 
 def evaluate(
@@ -181,7 +182,7 @@ def _sources(data: str) -> Iterator[tuple[str, bytes | Path]]:
         try:
             for sample in shards.read_samples(address):
                 count += 1
-                yield sample["__key__"], sample["picture"]
+                yield f"{Path(shard.name).stem}/{sample['__key__']}", sample["picture"]
         except shards.DamagedShard as error:
             raise UserError(f"shard {address} is damaged: {error}") from None
         if count != shard.count:
@@ -199,11 +200,27 @@ def _files(data: str) -> list[tuple[str, bytes | Path]]:
     return [(name, picture) for picture, name in images.list_pictures(path)]
 
 
-def _find_lr(folder: Path, stem: str, scale: int) -> Path:
+def _by_place(folder: Path) -> dict[tuple[str, str], list[Path]]:
+    """The pictures below a folder by (folder, stem), relative."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; expected a folder of LR pictures")
-    names = (stem, f"{stem}x{scale}", f"{stem}_x{scale}")
+    found: dict[tuple[str, str], list[Path]] = {}
     for path in images.find(folder):
-        if path.stem in names:
-            return path
-    raise UserError(f"{folder} holds no LR picture for {stem}: looked for {', '.join(names)}")
+        place = path.parent.relative_to(folder).as_posix()
+        found.setdefault((place, path.stem), []).append(path)
+    return found
+
+
+def _find_lr(
+    given: Mapping[tuple[str, str], list[Path]], folder: Path, name: str, scale: int
+) -> Path:
+    place, stem = Path(name).parent.as_posix(), Path(name).stem
+    wanted = (stem, f"{stem}x{scale}", f"{stem}_x{scale}")
+    found = [path for its in wanted for path in given.get((place, its), [])]
+    if len(found) == 1:
+        return found[0]
+    where = folder if place == "." else folder / place
+    if found:
+        listing = ", ".join(path.name for path in found)
+        raise UserError(f"{where} holds several LR pictures for {name}: {listing}; keep one")
+    raise UserError(f"{where} holds no LR picture for {name}: looked for {', '.join(wanted)}")

@@ -277,13 +277,17 @@ def learning_rate(peak: float, schedule: str, images_seen: int, total_images: in
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, images_seen / total_images)))
 
 
-def set_learning_rates(
+def apply_settings(
     networks: Networks,
     settings: Mapping[str, Mapping[str, Any]],
     images_seen: int,
     total_images: int,
 ) -> dict[str, float]:
-    """Give every optimiser the rate of its `settings` at `images_seen`. Returns them by name."""
+    """Give every optimiser its `settings`, and the learning rate that they mean at `images_seen`.
+
+    Settings may have changed since the checkpoint that the optimiser was read from. Returns the
+    learning rates by name.
+    """
     rates = {}
     for name, optimizer in networks.optimizers.items():
         its = settings[name]
@@ -292,6 +296,8 @@ def set_learning_rates(
         )
         for group in optimizer.param_groups:
             group["lr"] = rates[name]
+            group["betas"] = (its["beta1"], its["beta2"])
+            group["weight_decay"] = its["weight_decay"]
     return rates
 
 

@@ -37,14 +37,34 @@ class PictureError(ValueError):
 
 
 def find(folder: Path) -> list[Path]:
-    """Files below `folder` whose names end as pictures do, sorted; hidden files left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """Files below `folder` whose names end as pictures do, sorted; hidden ones left out.
+
+    Links are followed, each folder once.
+
+    Raises:
+        UserError: a name that a list of files cannot hold.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [
+            Path(place, name)
+            for name in files
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+        ]
+    for path in found:
+        try:
+            text = str(path.relative_to(folder)).encode("utf-8").decode()
+        except UnicodeEncodeError:
+            raise UserError(f"{str(path)!r}: its name is not UTF-8; rename it") from None
+        if len(text.splitlines()) != 1:
+            raise UserError(f"{str(path)!r}: its name holds a line break; rename it")
+    return sorted(path for path in found if path.is_file())
 
 
 def list_pictures(source: Path) -> list[tuple[Path, str]]:
@@ -68,7 +88,7 @@ def list_pictures(source: Path) -> list[tuple[Path, str]]:
         raise UserError(
             f"{source} is neither a folder nor a text file with a path a line"
         ) from None
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line for line in lines if line.strip()]
     if not names:
         raise UserError(f"{source} lists no pictures")
     missing = [name for name in names if not (source.parent / name).is_file()]
@@ -81,7 +101,7 @@ def list_pictures(source: Path) -> list[tuple[Path, str]]:
 
 
 def read_size(source: bytes | Path) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the header alone.
+    """(height, width) after EXIF orientation. Decodes no more than that needs: PNGs, whole.
 
     Raises:
         PictureError: the header cannot be read, or the picture is of a kind that is refused.
@@ -97,8 +117,9 @@ def decode(source: bytes | Path, channels: int) -> Picture:
     """Decode to (H, W, `channels`) uint8, EXIF orientation applied.
 
     Alpha is composited on white, palettes are expanded, CMYK and other colour spaces become RGB;
-    for one channel, colour becomes BT.601 luma. 16-bit and floating-point pictures are refused
-    rather than clipped, as are animations and multi-page files.
+    for one channel, colour becomes luma as JPEG defines it. Of a phone's MPO file the first picture
+    is taken. More than 8 bits a channel are refused rather than clipped, as are animations and
+    multi-page files.
 
     Raises:
         PictureError: the bytes are no whole picture, or of a kind that is refused.
@@ -115,7 +136,7 @@ def decode_with_alpha(source: bytes | Path) -> tuple[Picture, Picture | None]:
     """
     with _open(source) as image:
         _load(image)
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
         gray = image.mode in ("1", "L", "LA")
         if not image.has_transparency_data:
             return to_array(image, 1 if gray else 3), None
@@ -123,10 +144,16 @@ def decode_with_alpha(source: bytes | Path) -> tuple[Picture, Picture | None]:
         return pixels[..., :-1].copy(), pixels[..., -1:].copy()
 
 
+def colour_profile(source: Path) -> bytes | None:
+    """The ICC profile of a picture whose pixels are decoded as they are stored: RGB and gray."""
+    with _open(source) as image:
+        profile = image.info.get("icc_profile")
+        return profile if image.mode in ("L", "LA", "RGB", "RGBA", "P") else None
+
+
 def to_array(image: Image.Image, channels: int) -> Picture:
     """An opened Pillow image as (H, W, `channels`) uint8; see `decode` for what becomes of what."""
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.has_transparency_data:
         colour = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
@@ -155,11 +182,14 @@ def encode(picture: Picture, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(picture: Picture, path: Path) -> None:
-    """Write a PNG (or what the name's ending says) that appears whole or not at all."""
+def save(picture: Picture, path: Path, profile: bytes | None = None) -> None:
+    """Write a PNG (or what the name's ending says) that appears whole or not at all.
+
+    `profile`: an ICC profile to store with it.
+    """
     partial = path.with_name(f".{path.name}.part")
     image_format = Image.registered_extensions()[path.suffix.lower()]
-    to_pillow(picture).save(partial, format=image_format)
+    to_pillow(picture).save(partial, format=image_format, icc_profile=profile)
     os.replace(partial, path)
 
 
@@ -225,17 +255,24 @@ def enlarge(picture: Picture, scale: int, method: str) -> Picture:
 
 
 def luma(pictures: Tensor) -> Tensor:
-    """(N, 3, H, W) RGB in [0, 255] to BT.601 luma (N, 1, H, W) in [16, 235]; gray as it is."""
+    """(N, C, H, W) RGB or gray in [0, 255] to BT.601 luma (N, 1, H, W) in [16, 235].
+
+    Gray is taken as three equal channels, so that it measures the same either way.
+    """
     if pictures.shape[1] == 1:
-        return pictures
+        return 16 + pictures * (219 / 255)
     weights = pictures.new_tensor([65.481, 128.553, 24.966]) / 255
     return 16 + (pictures * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+# Pillow's readers raise whatever damaged bytes provoke, from OSError to struct.error and TypeError;
+# all of it says the same of the picture.
 
 
 def _load(image: Image.Image) -> None:
     try:
         image.load()
-    except Exception as error:  # Pillow's decoders raise whatever the bytes provoke
+    except Exception as error:
         raise PictureError(f"cannot be decoded: {error}") from error
 
 
@@ -246,9 +283,20 @@ def _orientation(image: Image.Image) -> int:
         raise PictureError(f"cannot be decoded: {error}") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    if _orientation(image) == 1:
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:
+        raise PictureError(f"cannot be turned upright: {error}") from error
+
+
 def _open(source: bytes | Path) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        frames = getattr(image, "n_frames", 1)
+        deep = any(";16" in str(tile) for tile in getattr(image, "tile", []))
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise PictureError(f"cannot be read: {error.strerror}") from error
@@ -256,10 +304,9 @@ def _open(source: bytes | Path) -> Image.Image:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "of no known format, or its header is damaged" if unknown else str(error)
         raise PictureError(f"no picture: {reason}") from error
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
+    if frames > 1 and image.format != "MPO":
         raise PictureError(f"has {frames} frames or pages; one is expected")
-    if image.mode.startswith(("I", "F")):
+    if deep or image.mode.startswith(("I", "F")):
         raise PictureError(
             f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first"
         )

@@ -29,10 +29,12 @@ class Writer:
         self.scale = scale
         self.protocol = protocol
         self.sections: list[tuple[str, str]] = []  # (picture, HTML)
+        self.files: set[str] = set()  # names of pictures written
 
     def add(self, pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
         """Write the side-by-side picture; keep what the report shows of it."""
-        name = evaluate.file_name(pair.name)
+        name = evaluate.unused_name(evaluate.file_name(pair.name), self.files)
+        self.files.add(name)
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
         images.save(evaluate.side_by_side(pair, results), self.folder / "pictures" / f"{name}.png")
         shown = {
@@ -78,8 +80,8 @@ class Writer:
 
 def _in_words(protocol: Mapping[str, object], scale: int) -> str:
     colour = {
-        "y": "the BT.601 luma channel (gray pictures as they are)",
-        "rgb": "all colour channels",
+        "y": "the BT.601 luma channel, 16 to 235 (of gray pictures as of equal colour channels)",
+        "rgb": "all channels",
     }[str(protocol["colour"])]
     return (
         f"Results are rounded to 8 bits and compared with the HR picture on {colour}, leaving out "

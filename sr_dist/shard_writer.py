@@ -33,7 +33,8 @@ Progress = Callable[[Iterable[Result], str, int], Iterable[Result]]  # (items, w
 ENCODINGS = ("webp", "png", "jpeg", "keep")
 _PROGRESS_FOLDER = ".progress"
 _MEMBER_ENDINGS = {"webp": "webp", "png": "png", "jpeg": "jpg"}
-_KEPT_ENDINGS = {"WEBP": "webp", "PNG": "png", "JPEG": "jpg"}
+_KEPT_ENDINGS = {"WEBP": "webp", "PNG": "png", "JPEG": "jpg", "MPO": "jpg"}
+_SHARD_BYTES = 512 * 2**20  # of pixels (or kept files), which a worker holds in memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Options:
 
     tile: int = 256  # least side of a tile, pixels; 0 keeps pictures whole
     encode: str = "webp"  # one of ENCODINGS; keep stores the original bytes, whole
-    samples_per_shard: int = 1000  # a shard is closed by the picture that reaches this
+    samples_per_shard: int = 1000  # a shard is closed by the picture that reaches it, or 512 MiB
     channels: int = 3
     min_size: int = 96  # pictures with a shorter side are rejected
     seed: int = 0  # of the order in which pictures are written
@@ -60,6 +61,8 @@ class Summary:
 class _Source:
     path: Path
     name: str  # relative, as recorded
+    sha256: str = ""  # of the file
+    bytes: int = 0
     height: int = 0
     width: int = 0
     reject: str = ""  # the reason, where it cannot be used
@@ -101,33 +104,31 @@ def write(
     Raises:
         UserError: `output` holds something else, no picture can be used, or `strict` met a reject.
     """
-    inputs = _fingerprint(pictures)
-    recorded = {**dataclasses.asdict(options), "inputs": inputs}
-    done = _open_output(output, recorded)
-    if done is not None:
-        return done
-    try:
-        with _mapper(workers) as run:
-            sources = list(
-                progress(
-                    run(functools.partial(_probe, options), pictures), "reading", len(pictures)
-                )
-            )
-            _stop_on_reject(sources, strict)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; expected a folder, or nothing, there")
+    with _mapper(workers) as run:
+        read = run(functools.partial(_probe, options), pictures)
+        sources = list(progress(read, "reading", len(pictures)))
+        _stop_on_reject(sources, strict)
+        recorded = {**dataclasses.asdict(options), "inputs": _fingerprint(sources)}
+        done = _open_output(output, recorded)
+        if done is not None:
+            return done
+        try:
             jobs = _jobs([source for source in sources if not source.reject], output, options)
             results = []
             for result in progress(run(_write_shard, jobs), "writing", len(jobs)):
                 results.append(result)
                 _stop_on_reject([_Source(Path(), **reject) for reject in result["rejects"]], strict)
-        rejects = [{"name": s.name, "reject": s.reject} for s in sources if s.reject]
-        rejects += [reject for result in results for reject in result["rejects"]]
-        written = [result for result in results if result["count"]]
-        if not written:
-            first = f"{rejects[0]['name']} {rejects[0]['reject']}"
-            raise UserError(f"none of {len(pictures)} pictures can be used; first: {first}")
-    except UserError:
-        _remove_ours(output)
-        raise
+            rejects = [{"name": s.name, "reject": s.reject} for s in sources if s.reject]
+            rejects += [reject for result in results for reject in result["rejects"]]
+            written = [result for result in results if result["count"]]
+            if not written:
+                first = f"{rejects[0]['name']} {rejects[0]['reject']}"
+                raise UserError(f"none of {len(pictures)} pictures can be used; first: {first}")
+        except UserError:
+            _remove_ours(output)
+            raise
     # The list of rejects comes first: index.json marks the shards as complete.
     lines = "".join(
         json.dumps({"source": reject["name"], "reason": reject["reject"]}) + "\n"
@@ -153,6 +154,7 @@ def index(tars: Sequence[Path], progress: Progress[Any] = lambda items, what, to
     Raises:
         UserError: the tars are not in one folder, an index is there, or a tar cannot be read.
     """
+    tars = sorted(set(tars))
     folders = {tar.parent for tar in tars}
     if len(folders) != 1:
         raise UserError(
@@ -237,11 +239,11 @@ class _mapper:
             self.executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _fingerprint(pictures: Sequence[tuple[Path, str]]) -> str:
-    """A hash of the names and sizes of the pictures."""
+def _fingerprint(sources: Sequence[_Source]) -> str:
+    """A hash of the names and contents of the pictures."""
     digest = hashlib.sha256()
-    for path, name in pictures:
-        digest.update(f"{name}\0{path.stat().st_size}\n".encode())
+    for source in sources:
+        digest.update(f"{source.name}\0{source.sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -272,7 +274,7 @@ def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
             f"{output} holds tars without an {shards.INDEX_NAME}; choose another --output, or "
             f"index them with 'python tools/make_shards.py index {output}'"
         )
-    for partial in output.glob("*.part"):
+    for partial in output.glob("shard-*.tar.part"):
         partial.unlink()
     progress.mkdir(exist_ok=True)
     _write_whole(inputs, json.dumps(recorded).encode())
@@ -290,17 +292,23 @@ def _remove_ours(output: Path) -> None:
 def _probe(options: Options, picture: tuple[Path, str]) -> _Source:
     path, name = picture
     try:
+        digest, size = shards.sha256_of_file(str(path))
+    except OSError as error:
+        return _Source(path, name, reject=f"cannot be read: {error.strerror}")
+    source = _Source(path, name, digest, size)
+    try:
         height, width = images.read_size(path)
     except images.PictureError as error:
-        return _Source(path, name, reject=str(error))
+        return dataclasses.replace(source, reject=str(error))
     if min(height, width) < options.min_size:
         reason = f"is {width}x{height} pixels; the short side must be {options.min_size} or more"
-        return _Source(path, name, reject=reason)
+        return dataclasses.replace(source, reject=reason)
     if options.encode == "keep":
         with Image.open(path) as image:
             if image.format not in _KEPT_ENDINGS:
-                return _Source(path, name, reject=f"is {image.format}, which shards cannot keep")
-    return _Source(path, name, height, width)
+                reason = f"is {image.format}, which shards cannot keep"
+                return dataclasses.replace(source, reject=reason)
+    return dataclasses.replace(source, height=height, width=width)
 
 
 def _stop_on_reject(sources: list[_Source], strict: bool) -> None:
@@ -323,17 +331,21 @@ class _Job:
 
 
 def _jobs(sources: list[_Source], output: Path, options: Options) -> list[_Job]:
-    """Shuffled pictures, as many to a shard as reach samples_per_shard."""
+    """Shuffled pictures, as many to a shard as reach samples_per_shard, or what memory holds."""
     order = np.random.default_rng(options.seed).permutation(len(sources))
     jobs: list[_Job] = []
     held: list[_Source] = []
-    key = samples = 0
+    key = samples = size = 0
     for place, number in enumerate(order.tolist()):
-        held.append(sources[number])
-        samples += len(sources[number].tiles(options))
-        if samples >= options.samples_per_shard or place == len(order) - 1:
+        source = sources[number]
+        held.append(source)
+        samples += len(source.tiles(options))
+        pixels = source.height * source.width * options.channels
+        size += source.bytes if options.encode == "keep" else pixels
+        full = samples >= options.samples_per_shard or size >= _SHARD_BYTES
+        if full or place == len(order) - 1:
             jobs.append(_Job(len(jobs), key, tuple(held), output, options))
-            held, key, samples = [], key + samples, 0
+            held, key, samples, size = [], key + samples, 0, 0
     return jobs
 
 

@@ -32,7 +32,7 @@ from sr_dist.errors import UserError
 INDEX_NAME = "index.json"
 FORMAT = 1
 PICTURE_MEMBERS = ("webp", "png", "jpg", "jpeg")
-_WINDOW_BYTES = 4 * 2**20  # crops a lane may hold in memory
+_WINDOW_BYTES = 4 * 2**20  # of samples, and of crops, that a lane may hold in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,12 @@ class Index:
     def samples(self) -> int:
         return sum(shard.count for shard in self.shards)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the shards hold, wherever they lie."""
+        held = [(shard.name, shard.count, shard.bytes, shard.sha256) for shard in self.shards]
+        return hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]
+
     def address(self, shard: int) -> str:
         return f"{self.root}/{self.shards[shard].name}"
 
@@ -72,16 +78,20 @@ def read_index(address: str) -> Index:
     try:
         with open_address(path) as file:
             values = json.loads(file.read())
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if "://" in path:
+            raise UserError(f"cannot read {path}: {error.__cause__ or error}") from None
         raise UserError(
             f"no shards at {address}: {path} does not exist. Make shards with "
             "'python tools/make_shards.py --images DIR --output DIR', or index existing tars with "
             "'python tools/make_shards.py index DIR'."
         ) from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # each of fsspec's file systems raises its own
+        raise UserError(f"cannot read {path}: {error!r}") from None
     try:
         if values["format"] != FORMAT:
             raise UserError(
@@ -133,7 +143,8 @@ class DamagedShard(ValueError):
 def read_samples(address: str) -> Iterator[dict[str, Any]]:
     """The samples of a tar that hold a picture: dictionaries of member bytes by ending.
 
-    A sample is the neighbouring members that share a name up to its first dot. Adds `__key__`, and
+    A sample is the neighbouring members that share a name up to its first dot; its picture is the
+    member whose last ending is that of one. Adds `__key__`, and
     `picture` with the picture's bytes. A tar cut off between two members just ends: count.
 
     Raises:
@@ -144,10 +155,11 @@ def read_samples(address: str) -> Iterator[dict[str, Any]]:
         with open_address(address) as file:
             members = tariterators.tar_file_expander([{"url": address, "stream": file}])
             for sample in tariterators.group_by_keys(members):
-                ending = next((ending for ending in PICTURE_MEMBERS if ending in sample), None)
-                if ending is not None:
+                found = {ending.rpartition(".")[2]: ending for ending in sample}
+                kind = next((kind for kind in PICTURE_MEMBERS if kind in found), None)
+                if kind is not None:
                     count += 1
-                    yield {**sample, "picture": sample[ending]}
+                    yield {**sample, "picture": sample[found[kind]]}
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
@@ -200,8 +212,10 @@ def make_plan(
             f"{index.smallest_side} pixels. Lower data.crop_size, or make the shards with "
             f"--min-size {crop_size} and --tile {crop_size} or more."
         )
-    crop_bytes = crop_size * crop_size * index.channels
-    window = max(4, min(256, _WINDOW_BYTES // (crop_bytes * crops_per_image)))
+    # A lane holds the undecoded samples of a window and the crops of those it has decoded.
+    crops_bytes = crop_size * crop_size * index.channels * crops_per_image
+    sample_bytes = sum(shard.bytes for shard in index.shards) // index.samples
+    window = max(4, min(256, _WINDOW_BYTES // max(crops_bytes, sample_bytes)))
     counts = tuple(shard.count for shard in index.shards)
     return Plan(counts, seed, global_batch_size, crops_per_image, window)
 

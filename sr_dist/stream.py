@@ -25,8 +25,6 @@ Batch = tuple[Tensor, Tensor]  # lr (B, C, H, W), hr (B, C, sH, sW), uint8
 class DataError(UserError):
     """A shard that does not hold what its index says."""
 
-    one_rank = True  # the other ranks do not meet it, so this one speaks
-
 
 @dataclasses.dataclass(frozen=True)
 class CropStream(IterableDataset[Any]):
@@ -153,7 +151,6 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         stream,
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_one_thread,
     )
@@ -162,11 +159,11 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         for _ in range(stream.first_step, stream.last_step):
             # Workers take turns, so consecutive items are the parts of one batch.
             rows = [_checked(next(parts)) for _ in range(max(1, num_workers))]
-            if len(rows) == 1:
-                yield rows[0]
-            else:
-                lr, hr = zip(*rows, strict=True)
-                yield torch.cat(lr), torch.cat(hr)
+            lr, hr = rows[0]
+            if len(rows) > 1:
+                lr, hr = (torch.cat(part) for part in zip(*rows, strict=True))
+            # Joining would undo what the loader pins.
+            yield (lr.pin_memory(), hr.pin_memory()) if pin_memory else (lr, hr)
     finally:
         # Left to a traceback, the workers would be ended by the garbage collector, which closes
         # their queues first and then waits 5 s for each.

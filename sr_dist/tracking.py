@@ -108,9 +108,6 @@ class EpochMeans:
                 self.sums[0, column] += scalars[name]
                 self.sums[1, column] += 1
 
-    def restart(self) -> None:
-        self.sums.zero_()
-
 
 def epoch_row(sums: Tensor) -> dict[str, float | str]:
     """The means by column, from `EpochMeans.sums`; empty where nothing was added."""

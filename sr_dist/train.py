@@ -72,8 +72,11 @@ def _run(config: Config, processes: Processes) -> Result:
         crops_per_image=data.crops_per_image,
         crop_size=data.crop_size,
     )
-    validation_pictures = evaluate.check_readable(data.validation)
-    identity = _identity(config, plan)
+    if processes.is_main:
+        validation_pictures = evaluate.check(
+            data.validation, scale=data.scale, channels=data.channels
+        )
+    identity = _identity(config, index, plan)
     start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
     settings = dataclasses.asdict(config)
     networks = gan.build_networks(
@@ -151,7 +154,7 @@ def _run(config: Config, processes: Processes) -> Result:
         asked = time.perf_counter()
         lr, hr = next(batches)
         waited = time.perf_counter() - asked
-        rates = gan.set_learning_rates(
+        rates = gan.apply_settings(
             networks, settings["optimizer"], images_seen, total_steps * batch_size
         )
         scalars = gan.training_step(
@@ -181,16 +184,21 @@ def _run(config: Config, processes: Processes) -> Result:
         with progress.paused():
             processes.average_buffers(*networks.weights.values())
             epoch_sums = processes.sum(epoch_means.sums)
-            if ends_epoch and processes.is_main:
-                if epoch % config.evaluation.every_epochs == 0 or step == total_steps:
-                    means = _evaluate(config, networks.evaluated(), tracker, epoch, step)
-                _end_epoch(folder, config, networks, identity, tracker, epoch, epoch_sums, means)
-            if ends_epoch:
-                epoch_sums.zero_()
+            _stop_on_nonfinite_weights(networks, step)
             # From here on rank 0 alone holds what all ranks have summed, as after a restart.
-            epoch_means.sums.copy_(epoch_sums if processes.is_main else 0 * epoch_sums)
+            epoch_means.sums.copy_(epoch_sums * (processes.is_main and not ends_epoch))
             if processes.is_main:
-                _save(folder, config, processes, networks, identity, epoch_sums, step, epoch)
+                # The checkpoint comes after the evaluation, so that a run killed in between repeats
+                # both; an evaluation that fails takes no training with it.
+                try:
+                    if ends_epoch:
+                        if epoch % config.evaluation.every_epochs == 0 or step == total_steps:
+                            means = _evaluate(config, networks.evaluated(), tracker, epoch, step)
+                        _end_epoch(
+                            folder, config, networks, identity, tracker, epoch, epoch_sums, means
+                        )
+                finally:
+                    _save(folder, config, processes, networks, identity, epoch_means, step, epoch)
             processes.wait()
 
     progress.close()
@@ -203,7 +211,7 @@ def _run(config: Config, processes: Processes) -> Result:
     return Result(folder, means, metrics.protocol(config.evaluation.protocol, data.scale))
 
 
-def _identity(config: Config, plan: shards.Plan) -> dict[str, Any]:
+def _identity(config: Config, index: shards.Index, plan: shards.Plan) -> dict[str, Any]:
     """What a run cannot change on its way: its networks, and what a step number means."""
     data, model = config.data, config.model
     return {
@@ -218,7 +226,7 @@ def _identity(config: Config, plan: shards.Plan) -> dict[str, Any]:
             else None
         ),
         "data": {
-            "samples": sum(plan.counts),
+            "shards": index.fingerprint,
             "seed": plan.seed,
             "global_batch_size": plan.global_batch_size,
             "crops_per_image": plan.crops_per_image,
@@ -251,7 +259,7 @@ def _save(
     processes: Processes,
     networks: gan.Networks,
     identity: Mapping[str, Any],
-    epoch_sums: torch.Tensor,
+    epoch_means: tracking.EpochMeans,
     step: int,
     epoch: int,
 ) -> None:
@@ -262,7 +270,7 @@ def _save(
         training={
             "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
             "scaler": processes.scaler_state(),
-            "epoch_sums": epoch_sums.cpu(),
+            "epoch_sums": epoch_means.sums.cpu(),
         },
         meta={
             **identity,
@@ -279,14 +287,14 @@ def _evaluate(
     config: Config, generator: nn.Module, tracker: tracking.Tracker, epoch: int, step: int
 ) -> list[evaluate.Mean]:
     """Bicubic and the model on the validation pictures; the first few go to the tracker."""
-    scale, shown = config.data.scale, 0
+    scale = config.data.scale
+    shown: set[str] = set()
 
     def look(pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
-        nonlocal shown
-        if shown < config.evaluation.samples:
-            picture = evaluate.side_by_side(pair, results)
-            tracker.picture(evaluate.file_name(pair.name), picture, epoch, step)
-        shown += 1
+        if len(shown) < config.evaluation.samples:
+            name = evaluate.unused_name(evaluate.file_name(pair.name), shown)
+            shown.add(name)
+            tracker.picture(name, evaluate.side_by_side(pair, results), epoch, step)
 
     upscalers = {
         "bicubic": evaluate.classical("bicubic", scale),
@@ -335,6 +343,17 @@ def _end_epoch(
         checkpoint.save_published(
             networks.discriminator, folder / "models" / f"netD_{name}", identity["discriminator"]
         )
+
+
+def _stop_on_nonfinite_weights(networks: gan.Networks, step: int) -> None:
+    """Before a checkpoint, so that none is ever saved; the ranks hold the same weights."""
+    for name, module in networks.weights.items():
+        for key, value in module.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise UserError(
+                    f"{name}.{key} is not finite at step {step}. Run again to go on from the last "
+                    "checkpoint, with a lower learning rate or without mixed precision."
+                )
 
 
 def _stop_on_nonfinite(values: Mapping[str, float], step: int) -> None:

@@ -21,6 +21,7 @@ def upscale(
     `tile`: the side of the LR tiles, in pixels. Each is computed with as much of its surroundings
     as the generator reaches for, so the result is that of the whole picture, up to rounding.
     """
+    assert tile > 0, "tiles have a side"
     height, width, channels = picture.shape
     device = next(generator.parameters()).device
     reach = models.reach(generator)

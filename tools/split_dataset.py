@@ -10,9 +10,9 @@ EXAMPLE = """
 example:
   python tools/split_dataset.py --images data/images --val-fraction 0.1
 
-Writes train.txt and val.txt into the folder. The bytes of a picture (and --seed) decide where it
-goes, and a picture that is listed already stays where it is, so new pictures move none of the old
-ones. Delete the lists to divide afresh.
+Writes train.txt and val.txt, with paths relative to them. The bytes of a picture (and --seed)
+decide where it goes, and a picture that is listed already stays where it is, so new pictures move
+none of the old ones. Delete the lists to divide afresh.
 """
 
 
@@ -23,6 +23,9 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where the lists go (default: the same folder)"
+    )
     parser.add_argument("--val-fraction", type=float, default=0.1, metavar="F")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another division")
     return parser.parse_args()
@@ -33,8 +36,11 @@ def main() -> None:
     with exit_on_user_error():
         from sr_dist import dataset
 
-        train, validation = dataset.split(arguments.images, arguments.val_fraction, arguments.seed)
-    print(f"{arguments.images}: {len(train)} for training, {len(validation)} for validation")
+        train, validation = dataset.split(
+            arguments.images, arguments.val_fraction, arguments.seed, arguments.output
+        )
+    where = arguments.output or arguments.images
+    print(f"{where}: {len(train)} for training, {len(validation)} for validation")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class Generator(nn.Module):
         detail = self.convblock(self.residual(features)) + features
         detail = self.final_conv(self.upsampler(detail))
         if self.global_skip == "none":
-            out: Tensor = (torch.tanh(detail) + 1) / 2
+            out: Tensor = (torch.tanh(detail.float()) + 1) / 2
             return out
         # antialias selects the a = -0.5 kernel, Pillow's bicubic; enlarging has nothing to alias.
         base = F.interpolate(
