@@ -62,10 +62,10 @@ class Processes:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, the same on all of them."""
+        total = values.clone()
         if self.world_size > 1:
-            values = values.clone()
-            torch.distributed.all_reduce(values)
-        return values
+            torch.distributed.all_reduce(total)
+        return total
 
     def means(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
         """The mean over ranks of each scalar, as numbers: waits for the device."""

@@ -73,15 +73,20 @@ class ContentLoss(nn.Module):
 
     def __init__(self, features: nn.Module, *, normalize: bool) -> None:
         super().__init__()
-        self.features = features.eval().requires_grad_(False)
+        self.features = features.requires_grad_(False)
         self.normalize = normalize
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1))
+        self.eval()
+
+    def train(self, mode: bool = True) -> ContentLoss:
+        """Stays in evaluation mode."""
+        return super().train(False)
 
     def forward(self, sr: Tensor, hr: Tensor) -> Tensor:
         with torch.no_grad():
             target = self.features(self._prepared(hr))
-        return F.mse_loss(self.features(self._prepared(sr)), target)
+        return F.mse_loss(self.features(self._prepared(sr)).float(), target.float())
 
     def _prepared(self, pictures: Tensor) -> Tensor:
         if pictures.shape[1] == 1:

@@ -77,6 +77,15 @@ def test_newest_is_by_number_and_old_ones_go(tmp_path: Path) -> None:
     assert found is not None and found.step == 100_000_000
 
 
+def test_pruning_keeps_what_was_just_saved(tmp_path: Path) -> None:
+    for step in (12, 24, 36):
+        save(tmp_path, step)
+    (tmp_path / "step-00000036" / "generator.safetensors").write_bytes(b"damaged")
+    (tmp_path / "step-00000024" / "meta.json").unlink()
+    assert save(tmp_path, 18, keep=1).is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000018"]
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "meta", "no meta"])
 def test_damaged_checkpoint_is_passed_over_by_name(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
@@ -184,6 +193,9 @@ def test_files_that_hold_no_generator(tmp_path: Path) -> None:
         checkpoint.load_generator(path)
     torch.save({"model": discriminator.state_dict()}, path)
     with pytest.raises(UserError, match="no Swift-SRGAN generator"):
+        checkpoint.load_generator(path)
+    checkpoint.save_published(discriminator, path, {**ARGUMENTS, "name": "unheard_of"})
+    with pytest.raises(UserError, match="a model that this version does not know: 'unheard_of'"):
         checkpoint.load_generator(path)
     torch.save(torch.nn.Linear, path)  # a pickled object is not executed
     with pytest.raises(UserError, match="no checkpoint that can be read"):

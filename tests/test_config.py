@@ -83,6 +83,10 @@ def test_numbers_are_read_by_their_annotation(tmp_path: Path) -> None:
         ("loss.pixel.weight=.nan", "loss.pixel.weight: expected a finite number"),
         ("loss.pixel.weight=.inf", "loss.pixel.weight: expected a finite number"),
         ("run.name=a/b", "run.name: expected a plain folder name"),
+        ("run.name=..", "run.name: expected a plain folder name"),
+        ("run.name=2024", """run.name: expected text, found 2024; for the text, write '"2024"'"""),
+        ("run.seed=99999999999999999999", "run.seed: expected at most 9223372036854775808"),
+        ("optimizer.generator.beta1=1.5", "optimizer.generator.beta1: expected less than 1"),
         ("data.crop_size=98", "data.crop_size: 98 is not a multiple of data.scale"),
         ("data.crop_size=16", "data.crop_size: 16 is too small for the discriminator"),
         ("data.scale=3", "data.scale: expected one of 2, 4, 8, found 3"),
@@ -97,6 +101,22 @@ def test_values_out_of_range(tmp_path: Path, override: str, expected: str) -> No
 def test_overrides_reach_sections_the_file_does_not_have(tmp_path: Path) -> None:
     loaded = load(tmp_path, LEAST, "loss.content.weight=0", "loss.content.weight=0.5")
     assert loaded.loss.content.weight == 0.5
+
+
+def test_text_that_looks_like_a_number(tmp_path: Path) -> None:
+    assert load(tmp_path, LEAST, """run.name='2024'""").run.name == "2024"
+    assert load(tmp_path, LEAST, 'run.name="2024"').run.name == "2024"
+
+
+def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the key 'train' stands twice"):
+        load(tmp_path, LEAST + "train: {epochs: 3}\nrun: {seed: 1}\ntrain: {warmup_images: 5}\n")
+
+
+def test_binary_files_are_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        config.load(tmp_path / "b.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "data: {train: [\n"])

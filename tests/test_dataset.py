@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sr_dist import dataset
+from sr_dist import dataset, images
 from sr_dist.errors import UserError
 
 
@@ -101,6 +101,34 @@ def test_split_leaves_no_side_empty_and_keeps_what_crossed_over(
     dataset.split(tmp_path, fraction, seed=0)
     more_train, more_val = lists(tmp_path)
     assert train <= more_train and val <= more_val
+
+
+def test_split_never_moves_a_picture_that_was_trained_on(tmp_path: Path) -> None:
+    for seed in range(6):
+        noise(tmp_path / f"{seed}.png", seed, side=8)
+    dataset.split(tmp_path, 0.001, seed=0)
+    train, val = lists(tmp_path)
+    assert len(val) == 1
+    (tmp_path / val.pop()).unlink()
+    with pytest.raises(UserError, match="no picture is left for validation"):
+        dataset.split(tmp_path, 0.001, seed=0)
+    assert lists(tmp_path)[0] == train
+    noise(tmp_path / "new.png", 77, side=8)
+    dataset.split(tmp_path, 0.001, seed=0)
+    assert lists(tmp_path) == (train, {"new.png"})
+
+
+def test_split_lists_elsewhere_hold_paths_from_there(tmp_path: Path) -> None:
+    for seed in range(4):
+        noise(tmp_path / "images" / f"{seed}.png", seed, side=8)
+    dataset.split(tmp_path / "images", 0.3, 0, tmp_path / "lists" / "a")
+    found = [
+        picture.resolve().name
+        for side in ("train", "val")
+        for picture, _ in images.list_pictures(tmp_path / "lists" / "a" / f"{side}.txt")
+    ]
+    assert sorted(found) == ["0.png", "1.png", "2.png", "3.png"]
+    assert not list((tmp_path / "images").glob("*.txt"))
 
 
 def test_split_refuses_what_cannot_be_split(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import checkpoint, evaluate, images, metrics, models
+from sr_dist import checkpoint, evaluate, images, metrics, models, report
 from sr_dist.errors import UserError
 from tests.helpers import refuse, succeed
 
@@ -36,8 +36,9 @@ def test_pairs_of_a_list_a_file_and_shards(
     assert [p.name for p in read(photographs / "some.txt")] == ["coffee.png"]
     (photographs / "some.txt").unlink()
     from_shards = read(sharded)
-    assert len(from_shards) == evaluate.check_readable(str(sharded)) > 50
-    assert from_shards[0].name == "000000000"
+    assert len(from_shards) == evaluate.check(str(sharded), scale=4, channels=3) > 50
+    assert from_shards[0].name == "shard-000000/000000000"
+    assert len({pair.name for pair in from_shards}) == len(from_shards)
 
 
 def test_given_lr_pictures_are_found_and_checked(photographs: Path, tmp_path: Path) -> None:
@@ -56,10 +57,30 @@ def test_given_lr_pictures_are_found_and_checked(photographs: Path, tmp_path: Pa
     for given, made in zip(read(photographs, lr_folder=lr), read(photographs), strict=True):
         assert np.array_equal(given.lr, made.lr) and np.array_equal(given.hr, made.hr)
     (lr / "coffeex4.png").unlink()
+    images.save(read(photographs)[2].lr, lr / "coffeex4_more.png")  # not coffee's
     with pytest.raises(
-        UserError, match="holds no LR picture for coffee: looked for coffee, coffeex4"
+        UserError, match="holds no LR picture for coffee.png: looked for coffee, coffeex4"
     ):
         read(photographs, lr_folder=lr)
+    images.save(read(photographs)[2].lr, lr / "coffee.png")
+    images.save(read(photographs)[2].lr, lr / "coffee_x4.png")
+    with pytest.raises(UserError, match="several LR pictures for coffee.png: coffee.png, coffee_"):
+        read(photographs, lr_folder=lr)
+
+
+def test_lr_pictures_of_nested_folders_are_those_of_their_place(
+    photographs: Path, tmp_path: Path
+) -> None:
+    for folder, source in (("a", "coffee.png"), ("b", "chelsea.png")):
+        pair = read(photographs / source)[0]
+        for side, picture in (("hr", pair.hr), ("lr", pair.lr)):
+            (tmp_path / side / folder).mkdir(parents=True)
+            images.save(picture, tmp_path / side / folder / "1.png")
+    pairs = read(tmp_path / "hr", lr_folder=tmp_path / "lr")
+    assert [pair.name for pair in pairs] == ["a/1.png", "b/1.png"]
+    for pair in pairs:
+        made = images.downscale(images.to_batch([pair.hr]), 4)
+        assert np.array_equal(pair.lr, images.to_pictures(made)[0])
 
 
 def test_pictures_that_cannot_be_measured(tmp_path: Path) -> None:
@@ -71,7 +92,7 @@ def test_pictures_that_cannot_be_measured(tmp_path: Path) -> None:
         read(tmp_path)
     (tmp_path / "flat.png").unlink()
     with pytest.raises(UserError, match="holds no pictures"):
-        evaluate.check_readable(str(tmp_path))
+        evaluate.check(str(tmp_path), scale=4, channels=3)
 
 
 def test_averages_are_means_of_pictures() -> None:
@@ -171,6 +192,28 @@ def test_command_by_the_rgb_protocol(photographs: Path, tmp_path: Path) -> None:
     assert summary["results"][0]["ssim"] == pytest.approx(ssim, abs=1e-6)
 
 
+def test_pictures_of_one_name_each_get_their_file(photographs: Path, tmp_path: Path) -> None:
+    coffee = images.decode(photographs / "coffee.png", 3)
+    images.save(coffee, tmp_path / "in.png")
+    (tmp_path / "data").mkdir()
+    images.save(coffee, tmp_path / "data" / "a.png")
+    images.save(coffee, tmp_path / "data" / "a.bmp")
+    succeed(
+        *("launch/evaluate.py", "--data", tmp_path / "data", "--method", "bicubic"),
+        *("--scale", 2, "--output", tmp_path / "out"),
+    )
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]["border"] == 2
+
+
+def test_report_enlarges_where_the_results_differ() -> None:
+    a = np.zeros((100, 200, 3), np.uint8)
+    b = a.copy()
+    b[30:60, 130:160] = 90
+    top, left, side = report._most_different(a, b)
+    assert top <= 30 and 60 <= top + side and left <= 130 and 160 <= left + side
+
+
 def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     common = ("launch/evaluate.py", "--data", photographs, "--output", output)
@@ -178,6 +221,26 @@ def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> 
     assert "enlarges 4 times, but --scale is 2" in message
     message = refuse(*common, "--scale", 4)
     assert "nothing to measure" in message
+    message = refuse(*common, "--method", "bicubic", "--scale", 4, "--tile", -5)
+    assert "--tile: expected 16 or more, found -5" in message
+    torch.manual_seed(0)
+    gray = {"name": "swift_srgan", "scale": 4, "channels": 1, "num_channels": 8, "num_blocks": 1}
+    built = models.build_generator(**gray)  # type: ignore[arg-type]
+    checkpoint.save_published(built, tmp_path / "gray.pth.tar", gray)
+    message = refuse(
+        *(*common, "--checkpoint", published, "--checkpoint", tmp_path / "gray.pth.tar"),
+        *("--scale", 4),
+    )
+    assert "models of different numbers of channels" in message
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    images.save(images.decode(photographs / "coffee.png", 3), bad / "a.png")
+    (bad / "b.png").write_text("no")
+    message = refuse(
+        *("launch/evaluate.py", "--data", bad, "--output", output, "--method", "bicubic"),
+        *("--scale", 4),
+    )
+    assert "b.png no picture" in message
     assert not output.exists()
 
 

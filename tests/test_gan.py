@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -221,16 +222,71 @@ def test_learning_rate_counts_images() -> None:
     assert values == pytest.approx([1e-3, 5e-4, 0, 0])
 
 
-def test_learning_rates_reach_the_optimisers(processes: Processes) -> None:
+def test_settings_reach_the_optimisers_also_after_a_restart(processes: Processes) -> None:
     networks = build(processes)
     settings = {
-        "generator": {"learning_rate": 1e-2, "schedule": "cosine"},
-        "discriminator": {"learning_rate": 1e-4, "schedule": "constant"},
+        "generator": {**ADAMW, "learning_rate": 1e-2, "schedule": "cosine", "beta1": 0.5},
+        "discriminator": {**ADAMW, "learning_rate": 1e-4, "weight_decay": 0.3},
     }
-    rates = gan.set_learning_rates(networks, settings, 50, 100)
+    for optimizer in networks.optimizers.values():
+        assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+        optimizer.load_state_dict(optimizer.state_dict())
+    rates = gan.apply_settings(networks, settings, 50, 100)
     assert rates == pytest.approx({"generator": 5e-3, "discriminator": 1e-4})
     for name, optimizer in networks.optimizers.items():
-        assert [group["lr"] for group in optimizer.param_groups] == [rates[name]]
+        (group,) = optimizer.param_groups
+        assert group["lr"] == rates[name]
+        assert group["betas"] == (settings[name]["beta1"], 0.999)
+        assert group["weight_decay"] == settings[name]["weight_decay"]
+
+
+class Watching(nn.Module):
+    """A feature network that notes the precision it computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.seen: list[torch.dtype] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        self.seen.append(out.dtype)
+        return out
+
+
+def test_content_network_computes_under_autocast_and_its_distance_in_float32(
+    processes: Processes, batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        distributed.Processes, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16)
+    )
+    networks, watching = build(processes), Watching()
+    goal = dataclasses.replace(
+        objective(processes),
+        content=losses.ContentLoss(watching, normalize=False),
+        content_weight=1.0,
+    )
+    sr = networks.generator(batch[0].float() / 255)
+    scalars = gan.generator_step(
+        processes, networks.optimizers["generator"], None, sr, batch[1].float() / 255, goal
+    )
+    assert watching.seen == [torch.bfloat16] * 2
+    assert scalars["loss/content"].dtype == torch.float32
+
+
+def test_published_output_is_not_rounded_by_mixed_precision() -> None:
+    generator = models.build_generator(
+        "swift_srgan", scale=4, channels=3, num_channels=8, num_blocks=1
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        sr = generator(torch.rand(1, 3, 32, 32))
+    assert sr.dtype == torch.float32 and len(sr.unique()) > 1000  # bfloat16 has 128 in [0.5, 1]
+
+
+def test_content_form_is_the_configured_one(processes: Processes) -> None:
+    for normalize in (True, False):
+        content = objective(processes, content={"weight": 1.0, "normalize": normalize}).content
+        assert isinstance(content, losses.ContentLoss) and content.normalize == normalize
 
 
 def test_models_are_built_alike_by_seed(processes: Processes) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sr_dist import images
 
@@ -124,8 +127,8 @@ def test_luma_of_known_colours() -> None:
     colours = torch.tensor([[0.0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]])
     values = images.luma(colours.T.reshape(1, 3, 1, 5)).flatten().tolist()
     assert values == pytest.approx([16, 235, 81.481, 144.553, 40.966], abs=1e-3)
-    gray = torch.full((1, 1, 2, 2), 99.0)
-    assert torch.equal(images.luma(gray), gray)
+    gray = torch.tensor([[[[0.0, 99, 255]]]])
+    torch.testing.assert_close(images.luma(gray), images.luma(gray.expand(1, 3, 1, 3)))
 
 
 def test_float_round_trip_and_clipping() -> None:
@@ -134,6 +137,91 @@ def test_float_round_trip_and_clipping() -> None:
     assert images.to_uint8(torch.tensor([-0.5, 1.7, 0.5]).view(1, 1, 1, 3)).tolist() == [
         [[[0, 255, 128]]]
     ]
+
+
+def png_of_16_bits(colour_type: int, channels: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    rows = b"".join(b"\0" + b"\x12\x34" * (channels * 8) for _ in range(8))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["L", "RGB", "LA", "RGBA"]
+)
+def test_16_bits_are_refused_in_every_colour_type(colour_type: int, channels: int) -> None:
+    with pytest.raises(images.PictureError, match="more than 8 bits"):
+        images.decode(png_of_16_bits(colour_type, channels), 3)
+
+
+def test_the_first_picture_of_a_phones_file_is_taken(picture: images.Picture) -> None:
+    main, second = Image.fromarray(picture), Image.fromarray(picture[::2, ::2])
+    data = encoded(main, "mpo", save_all=True, append_images=[second], quality=95)
+    decoded = images.decode(data, 3)
+    assert decoded.shape == picture.shape
+    assert np.abs(decoded.astype(int) - picture.astype(int)).mean() < 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged metadata
+def test_damaged_bytes_only_ever_raise_picture_errors(picture: images.Picture) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(picture)
+    files = [encoded(image, kind, exif=exif) for kind in ("png", "jpeg", "webp", "tiff")] + [
+        encoded(image, "bmp"),
+        encoded(image.convert("P"), "gif"),
+    ]
+    random = np.random.default_rng(0)
+    refused = 0
+    for data in files:
+        for _ in range(150):
+            damaged = bytearray(data)
+            for place in random.integers(min(len(data), 400), size=3):
+                damaged[place] = int(random.integers(256))
+            damaged = damaged[: int(random.integers(1, len(data) * 2))]
+            for read in (images.read_size, images.decode_with_alpha, lambda d: images.decode(d, 3)):
+                try:
+                    read(bytes(damaged))
+                except images.PictureError:
+                    refused += 1
+    assert refused > 100
+
+
+def test_colour_profiles_are_kept(picture: images.Picture, tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(picture).save(tmp_path / "a.png", icc_profile=profile)
+    assert images.colour_profile(tmp_path / "a.png") == profile
+    images.save(picture, tmp_path / "b.png", profile)
+    assert images.colour_profile(tmp_path / "b.png") == profile
+    images.save(picture, tmp_path / "c.png")
+    assert images.colour_profile(tmp_path / "c.png") is None
+
+
+def test_find_follows_links_once_and_refuses_names_that_lists_cannot_hold(
+    tmp_path: Path, picture: images.Picture
+) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+        images.save(picture, folder / f"{folder.name}.png")
+    (inside / "link").symlink_to(outside)
+    (outside / "back").symlink_to(inside)
+    names = [path.relative_to(inside).as_posix() for path in images.find(inside)]
+    assert names == ["in.png", "link/out.png"]
+    (inside / "two\nlines.png").write_bytes((inside / "in.png").read_bytes())
+    with pytest.raises(ValueError, match="line break; rename it"):
+        images.find(inside)
+    (inside / "two\nlines.png").unlink()
+    (inside / " led by a space.png").write_bytes((inside / "in.png").read_bytes())
+    (inside / "list.txt").write_text(" led by a space.png\n")
+    assert images.list_pictures(inside / "list.txt")[0][0].is_file()
+    Path(os.fsdecode(bytes(inside) + b"/\xff.png")).write_bytes(b"")
+    with pytest.raises(ValueError, match="not UTF-8; rename it"):
+        images.find(inside)
 
 
 def test_list_pictures_of_folders_and_lists(tmp_path: Path, picture: images.Picture) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from sr_dist import losses
@@ -54,24 +55,45 @@ def test_adversarial_losses_by_hand() -> None:
     )
 
 
-class Doubling(nn.Module):
+class Squaring(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
+        return x * x * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_content_loss_by_hand(normalize: bool) -> None:
-    content = losses.ContentLoss(Doubling(), normalize=normalize)
+    content = losses.ContentLoss(Squaring(), normalize=normalize)
     sr, hr = torch.full((1, 3, 2, 2), 0.5), torch.full((1, 3, 2, 2), 0.3)
-    std = torch.tensor([0.229, 0.224, 0.225]) if normalize else torch.ones(3)
-    expected = ((2 * 0.2 / std) ** 2).mean().item()
-    assert content(sr, hr).item() == pytest.approx(expected, rel=1e-5)
+    differences = []
+    for weight, mean, std in ((1, 0.485, 0.229), (2, 0.456, 0.224), (3, 0.406, 0.225)):
+        if not normalize:
+            mean, std = 0, 1
+        differences.append(weight * (((0.5 - mean) / std) ** 2 - ((0.3 - mean) / std) ** 2))
+    expected = sum(d * d for d in differences) / 3
+    assert content(sr, hr).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["auto", "file"])
+def test_content_weights_are_the_given_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    torch.manual_seed(7)
+    state = torchvision.models.mobilenet_v2(weights=None).state_dict()
+    if weights == "auto":
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: state)
+    else:
+        weights = str(tmp_path / "weights.pth")
+        torch.save(state, weights)
+    features = losses.mobilenet_v2_features(weights)
+    for name, value in features.state_dict().items():
+        assert torch.equal(value, state[f"features.{name}"]), name
 
 
 def test_content_loss_of_gray_pictures_and_its_gradient() -> None:
     content = losses.ContentLoss(losses.mobilenet_v2_features("none"), normalize=True)
     sr = torch.rand(1, 1, 64, 64, requires_grad=True)
-    content.train()  # stays in evaluation mode inside whatever a caller does to its parent
+    content.train()
+    assert not any(module.training for module in content.modules()), "always in evaluation mode"
     content(sr, torch.rand(1, 1, 64, 64)).backward()
     assert sr.grad is not None and sr.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in content.parameters())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -75,6 +76,35 @@ def test_index_says_what_is_there(photographs: Path, tmp_path: Path) -> None:
     assert index.smallest_side == 64
     assert set(contents(tmp_path / "out")) == {"index.json", *(s.name for s in index.shards)}
     assert shard_writer.verify(str(tmp_path / "out")) == []
+
+
+def test_tiles_of_a_picture_are_apart_and_say_what_they_are_of(
+    photographs: Path, tmp_path: Path
+) -> None:
+    write(photographs, tmp_path / "out", tile=64)
+    about = [json.loads(sample["json"]) for sample in samples(tmp_path / "out")]
+    for source in about:
+        data = (photographs / source["source"]).read_bytes()
+        assert source["sha256"] == hashlib.sha256(data).hexdigest()
+    same = [a["source"] == b["source"] for a, b in zip(about, about[1:], strict=False)]
+    assert sum(same) < 0.6 * len(same)
+
+
+def test_pictures_are_shuffled(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(12):
+        Image.new("RGB", (100, 100), (number, 0, 0)).save(tmp_path / "in" / f"{number:02}.png")
+    write(tmp_path / "in", tmp_path / "out", samples_per_shard=1)
+    order = [json.loads(sample["json"])["source"] for sample in samples(tmp_path / "out")]
+    assert len(order) == 12 and order != sorted(order)
+
+
+def test_shards_are_closed_by_their_size_too(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_writer, "_SHARD_BYTES", 100_000)
+    assert write(photographs, tmp_path / "whole", tile=0).shards == 3
+    assert write(photographs, tmp_path / "kept", encode="keep", tile=0).shards == 3
 
 
 @pytest.mark.parametrize(
@@ -168,6 +198,8 @@ def test_a_stopped_run_goes_on_and_comes_to_the_same(
     monkeypatch.setattr(
         images, "encode", lambda *a, _real=images.encode: encoded.append(1) or _real(*a)
     )
+    finished = tmp_path / "out" / "shard-000001.tar"
+    finished.write_bytes(finished.read_bytes()[:-1000])  # a disk that lost its end
     write(photographs, tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(encoded) < len(samples(tmp_path / "out")), "finished shards are not written again"
@@ -180,6 +212,35 @@ def test_complete_output_is_kept_and_never_overwritten(photographs: Path, tmp_pa
     with pytest.raises(UserError, match="holds shards of other pictures or options"):
         write(photographs, tmp_path / "out", tile=128)
     assert contents(tmp_path / "out") == before
+
+
+def test_changed_pictures_of_the_same_size_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (100, 100), "red").save(tmp_path / "in" / "a.bmp")
+    write(tmp_path / "in", tmp_path / "out")
+    Image.new("RGB", (100, 100), "blue").save(tmp_path / "in" / "a.bmp")
+    with pytest.raises(UserError, match="holds shards of other pictures or options"):
+        write(tmp_path / "in", tmp_path / "out")
+
+
+def test_files_of_others_in_the_output_folder_stay(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "film.mkv.part").write_text("not ours")
+    write(photographs, tmp_path / "out")
+    assert (tmp_path / "out" / "film.mkv.part").read_text() == "not ours"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        write(photographs, tmp_path / "file")
+
+
+def test_names_with_several_dots_count(photographs: Path, tmp_path: Path) -> None:
+    picture = images.encode(images.decode(photographs / "coffee.png", 3), "jpeg")
+    with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as tar:
+        tar.write({"__key__": "a", "v2.jpg": picture, "v2.json": b"{}"})
+        tar.write({"__key__": "b", "JPG": picture})
+    shard_writer.index([tmp_path / "0.tar", tmp_path / "0.tar"])
+    index = shards.read_index(str(tmp_path))
+    assert (index.samples, len(index.shards)) == (2, 1)
 
 
 def test_foreign_tars_can_be_indexed(photographs: Path, tmp_path: Path) -> None:

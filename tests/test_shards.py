@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -106,6 +107,39 @@ def test_one_shard_gives_other_batches_each_epoch() -> None:
         for epoch in range(2)
     ]
     assert not together[0] & together[1]
+
+
+def test_shards_are_permuted_and_the_line_is_turned_each_epoch() -> None:
+    counts = (10,) * 20
+    lines = [shards._epoch_line(counts, 0, epoch) for epoch in range(3)]
+    orders = {tuple(order.tolist()) for order, _, _ in lines}
+    assert len(orders) == 3 and all(sorted(order) == list(range(20)) for order in orders)
+    assert len({offset for _, _, offset in lines}) == 3
+
+
+def test_first_windows_of_lanes_differ_in_size() -> None:
+    plan = shards.Plan((1000,), 0, 8, 1, 16)
+    sizes = [next(shards.windows(plan, 0, lane)).size for lane in range(8)]
+    assert sizes == [16, 14, 12, 10, 8, 6, 4, 2]
+
+
+def test_window_is_bounded_by_what_it_holds() -> None:
+    arguments = {"seed": 0, "global_batch_size": 2, "crops_per_image": 1, "crop_size": 96}
+    small = index(shards=(shards.Shard("a.tar", 100, 100 * 50_000, "0"),))
+    large = index(shards=(shards.Shard("a.tar", 100, 100 * 800_000, "0"),))
+    assert shards.make_plan(small, **arguments).window == 4 * 2**20 // 50_000
+    assert shards.make_plan(large, **arguments).window == 4 * 2**20 // 800_000
+
+
+def test_fingerprint_is_of_the_content() -> None:
+    moved = dataclasses.replace(index(), root="elsewhere")
+    other = index(shards=(index().shards[0], dataclasses.replace(index().shards[1], sha256="1")))
+    assert moved.fingerprint == index().fingerprint != other.fingerprint
+
+
+def test_addresses_that_cannot_be_read_say_why() -> None:
+    with pytest.raises(UserError, match="cannot (open|read) http://127.0.0.1:9/x/index.json"):
+        shards.read_index("http://127.0.0.1:9/x")
 
 
 def index(**changes: object) -> shards.Index:

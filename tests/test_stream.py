@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import tarfile
 from pathlib import Path
@@ -110,6 +111,24 @@ def test_epochs_crop_differently(sharded: Path) -> None:
     ]
     assert len(crops[0]) > 0.95 * steps * 6  # nearly all different (few tiles are uniform)
     assert len(crops[0] & crops[1]) < 0.05 * steps * 6
+
+
+def test_crops_do_not_keep_their_pictures_in_memory(sharded: Path) -> None:
+    index = shards.read_index(str(sharded))
+    plan = shards.make_plan(index, seed=3, global_batch_size=6, crops_per_image=2, crop_size=48)
+    source = stream.CropStream(
+        index=index,
+        plan=plan,
+        scale=4,
+        channels=3,
+        crop_size=48,
+        rank=0,
+        world_size=1,
+        first_step=0,
+        last_step=5,
+    )
+    for crop in itertools.islice(source._lane(0), 5):
+        assert crop.base is None and crop.nbytes == 48 * 48 * 3
 
 
 def damaged(sharded: Path, tmp_path: Path) -> Path:

@@ -2,15 +2,30 @@ from __future__ import annotations
 
 import csv
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sr_dist import checkpoint, config, gan, models, shards, train
+from sr_dist import (
+    checkpoint,
+    config,
+    evaluate,
+    gan,
+    images,
+    models,
+    shard_writer,
+    shards,
+    stream,
+    train,
+)
 from sr_dist.errors import UserError
 from tests.helpers import REPOSITORY, refuse, run, succeed
 
@@ -108,6 +123,8 @@ def test_a_run_leaves_what_the_design_says(recipe: Path) -> None:
     evaluated, description = checkpoint.load_generator(folder / "models" / "netG_4x_epoch2.pth.tar")
     for key, value in evaluated.state_dict().items():
         assert torch.equal(value, tensors[f"ema/{key}"])
+    last = "final_conv.pointwise.weight"
+    assert not torch.equal(tensors[f"ema/{last}"], tensors[f"generator/{last}"])
     discriminator = models.build_discriminator("swift_srgan", channels=3, head="gap")
     published = torch.load(folder / "models" / "netD_4x_epoch2.pth.tar", weights_only=True)
     discriminator.load_state_dict(published["model"], strict=True)
@@ -150,6 +167,46 @@ def test_the_discriminator_waits_for_the_warm_up(recipe: Path) -> None:
     )
     assert not any(key.startswith("optimizer/discriminator/") for key in after_warm_up)
     assert any(key.startswith("optimizer/discriminator/") for key in later)
+
+
+def test_schedule_warm_up_and_waiting_as_tensorboard_shows_them(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stream.batches
+
+    def slow(*arguments: object, **options: object) -> Iterator[stream.Batch]:
+        for batch in real(*arguments, **options):  # type: ignore[arg-type]
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(stream, "batches", slow)
+    result = train.run(
+        load(recipe, "tracking.log_every_steps=1", "optimizer.generator.schedule=cosine")
+    )
+    points = scalars(result.folder)
+    rates = [value for _, value in points["learning_rate/generator"]]
+    assert rates == pytest.approx(
+        [gan.learning_rate(1e-3, "cosine", 8 * step, 8 * 36) for step in range(36)], rel=1e-5
+    )
+    rates = [value for _, value in points["learning_rate/discriminator"]]
+    assert rates == pytest.approx([1e-3] * len(rates), rel=1e-5)
+    assert [step for step, _ in points["loss/adversarial"]] == list(range(19, 37))
+    assert all(0.3 < value <= 1 for _, value in points["speed/data_wait_share"])
+
+
+@pytest.mark.parametrize("colour", ["y", "rgb"])
+def test_evaluation_is_by_the_configured_protocol(
+    recipe: Path, photographs: Path, colour: str
+) -> None:
+    result = train.run(
+        load(recipe, "train.epochs=1", "loss.content.weight=0", f"evaluation.protocol={colour}")
+    )
+    pairs = evaluate.read_pairs(str(photographs / "chelsea.png"), scale=4, channels=3)
+    rows = evaluate.evaluate(
+        {"bicubic": evaluate.classical("bicubic", 4)}, pairs, colour=colour, border=4
+    )
+    assert result.means[0] == evaluate.averages(rows)[0]
+    assert (result.protocol["colour"], result.protocol["border"]) == (colour, 4)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -218,9 +275,34 @@ def test_changes_that_a_run_cannot_follow(recipe: Path) -> None:
         ("train.global_batch_size=4", "another data: global_batch_size was 8, is 4"),
         ("loss.adversarial.weight=0", "it was trained with a discriminator"),
         ("run.resume=never", "run.resume is never"),
+        ("run.seed=1", "another data: seed was 0, is 1"),
     ):
         with pytest.raises(UserError, match=message):
             train.run(load(recipe, override))
+
+
+def test_other_shards_of_the_same_number_of_samples_are_refused(
+    recipe: Path, photographs: Path, tmp_path: Path
+) -> None:
+    train.run(load(recipe, "train.epochs=1"))
+    options = shard_writer.Options(tile=64, samples_per_shard=60, min_size=48, seed=5)
+    shard_writer.write(images.list_pictures(photographs), tmp_path / "other", options)
+    with pytest.raises(UserError, match="another data: shards was"):
+        train.run(load(recipe, f"data.train={tmp_path}/other"))
+
+
+def test_a_failed_evaluation_takes_no_training_with_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(evaluate, "evaluate", failing)
+    with pytest.raises(MemoryError):
+        train.run(load(recipe))
+    monkeypatch.undo()
+    assert saved(Path(load(recipe).run.output_dir) / "small")[1]["step"] == 18
+    assert [row["Epoch"] for row in rows(train.run(load(recipe)).folder)] == ["2"]
 
 
 def test_nothing_is_written_before_all_is_checked(recipe: Path, tmp_path: Path) -> None:
@@ -233,7 +315,35 @@ def test_nothing_is_written_before_all_is_checked(recipe: Path, tmp_path: Path) 
     ):
         with pytest.raises(UserError, match=message):
             train.run(load(recipe, override))
+    images.save(np.zeros((16, 90, 3), np.uint8), tmp_path / "chelsea.png")
+    with pytest.raises(UserError, match="chelsea.png is 88x16 pixels"):
+        train.run(load(recipe))
+    (tmp_path / "chelsea.png").write_text("no picture")
+    with pytest.raises(UserError, match="chelsea.png no picture"):
+        train.run(load(recipe))
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("checkpoint.every_steps=2", "tracking.log_every_steps=1000")
+    real, calls = gan.training_step, []
+
+    def poisoned(*arguments: Any, **options: Any) -> object:
+        calls.append(1)
+        scalars = real(*arguments, **options)
+        if len(calls) == 5:
+            arguments[1].generator.initial.act.weight.data.fill_(float("nan"))
+        return scalars
+
+    monkeypatch.setattr(gan, "training_step", poisoned)
+    with pytest.raises(UserError, match=r"generator\.\S+ is not finite at step 6"):
+        train.run(load(recipe, *settings))
+    monkeypatch.undo()
+    tensors, meta = saved(Path(load(recipe).run.output_dir) / "small")
+    assert meta["step"] == 4 and all(torch.isfinite(value).all() for value in tensors.values())
+    assert saved(train.run(load(recipe, *settings)).folder)[1]["step"] == 36
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path) -> None:
@@ -324,6 +434,46 @@ def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_pa
         assert done.returncode == 0, done.stderr
     assert [row["Epoch"] for row in rows(tmp_path / "runs/small")] == ["1", "2", "3"]
     assert saved(tmp_path / "runs/small")[1]["world_size"] == 2
+
+
+@pytest.mark.multiprocess
+def test_buffers_are_averaged_before_every_save(recipe: Path) -> None:
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
+        *(REPOSITORY / "tests" / "workers" / "count_averages.py", recipe),
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["order"] == ["average", "save"] * 5  # steps 10, 18, 20, 30 and 36
+
+
+@pytest.mark.multiprocess
+def test_ranks_that_would_start_apart_are_told_so(recipe: Path, tmp_path: Path) -> None:
+    train.run(load(recipe, "train.epochs=1"))
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
+        *(REPOSITORY / "tests" / "workers" / "start_apart.py", recipe),
+        timeout=180,
+    )
+    assert done.returncode != 0
+    assert "must lie on storage that all machines share" in done.stderr
+
+
+@pytest.mark.multiprocess
+def test_a_mistake_that_one_rank_meets_is_said_once(recipe: Path) -> None:
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
+        *(REPOSITORY / "tests" / "workers" / "one_mistake.py",),
+        timeout=180,
+    )
+    assert done.stderr.count("error (rank 1): only here") == 1
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
+        *(REPOSITORY / "tests" / "workers" / "one_mistake.py", "everywhere"),
+        timeout=180,
+    )
+    assert done.stderr.count("everywhere alike") == 1
 
 
 @pytest.mark.multiprocess
