@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from sr_dist.models import swift_srgan
+from sr_dist.models import srgan, swift_srgan, unet
 
 
 def build_generator(
@@ -21,10 +22,11 @@ def build_generator(
 ) -> nn.Module:
     """A generator (N, channels, H, W) → (N, channels, scale·H, scale·W), both nominally in [0, 1].
 
-    Every generator has `reach`: the LR pixels on each side that one output pixel depends on.
+    `name`: swift_srgan or srgan. Every generator has `reach`: the LR pixels on each side that one
+    output pixel depends on.
     """
-    generators = {"swift_srgan": swift_srgan.Generator}
-    return generators[name](
+    family = {"swift_srgan": swift_srgan.Generator, "srgan": srgan.Generator}[name]
+    return family(
         scale=scale,
         channels=channels,
         num_channels=num_channels,
@@ -34,21 +36,42 @@ def build_generator(
     )
 
 
-def build_discriminator(name: str, *, channels: int, head: str = "linear") -> nn.Module:
-    """A discriminator (N, channels, H, W) in [0, 1] → logits (N, 1); H and W from 32 up."""
-    discriminators = {"swift_srgan": swift_srgan.Discriminator}
-    return discriminators[name](channels=channels, head=head)
+def build_discriminator(
+    name: str, *, channels: int, head: str = "linear", spectral_norm: bool = False
+) -> nn.Module:
+    """A discriminator (N, channels, H, W) in [0, 1] → logits; H and W from 32 up.
+
+    `name`: swift_srgan or srgan, logits (N, 1) by `head` (linear or gap); unet, logits
+    (N, 1, H, W) and no head. `spectral_norm` (Miyato et al., arXiv 1802.05957): of every
+    convolution and linear layer.
+    """
+    discriminator: nn.Module
+    if name == "unet":
+        discriminator = unet.Discriminator(channels=channels)
+    else:
+        family = {"swift_srgan": swift_srgan.Discriminator, "srgan": srgan.Discriminator}[name]
+        discriminator = family(channels=channels, head=head)
+    if spectral_norm:
+        for module in list(discriminator.modules()):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                parametrizations.spectral_norm(module)
+    return discriminator
 
 
 def infer_generator(state: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `build_generator` that a published state dict fits; `global_skip` is none.
+    """The arguments of `build_generator` that a state dict fits; `global_skip` is none.
 
     Raises:
         ValueError: the state dict is of no generator known here.
     """
-    if "initial.cnn.depthwise.weight" not in state:
-        raise ValueError("no Swift-SRGAN generator: it lacks initial.cnn.depthwise.weight")
-    return {"name": "swift_srgan", **swift_srgan.infer(state)}
+    if "initial.cnn.depthwise.weight" in state:
+        return {"name": "swift_srgan", **swift_srgan.infer(state)}
+    if "initial.0.weight" in state and "middle.0.weight" in state:
+        return {"name": "srgan", **srgan.infer(state)}
+    raise ValueError(
+        "no generator known here: neither initial.cnn.depthwise.weight (swift_srgan) nor "
+        "initial.0.weight and middle.0.weight (srgan) is in it"
+    )
 
 
 def reach(generator: nn.Module) -> int:

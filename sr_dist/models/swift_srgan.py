@@ -5,12 +5,11 @@ Names and shapes of the state dicts are those of the published checkpoints.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from sr_dist.models import layers
 
 
 class SeparableConv(nn.Module):
@@ -106,8 +105,6 @@ class Generator(nn.Module):
         global_skip: str,
     ) -> None:
         super().__init__()
-        doublings = int(math.log2(scale))
-        assert 2**doublings == scale, "the scale is a power of 2"
         width, normed = num_channels, norm == "batch"
         self.scale = scale
         self.global_skip = global_skip
@@ -116,30 +113,19 @@ class Generator(nn.Module):
         self.convblock = ConvBlock(
             width, width, 3, norm=normed, activation=nn.PReLU(width), activated=False
         )
-        self.upsampler = nn.Sequential(*(UpsampleBlock(width) for _ in range(doublings)))
+        self.upsampler = nn.Sequential(
+            *(UpsampleBlock(width) for _ in range(layers.doublings(scale)))
+        )
         self.final_conv = SeparableConv(width, channels, 9)
         if global_skip == "bicubic":
-            nn.init.zeros_(self.final_conv.pointwise.weight)
-            assert self.final_conv.pointwise.bias is not None
-            nn.init.zeros_(self.final_conv.pointwise.bias)
-        # 9x9, two 3x3 a block, 3x3, then a 3x3 before each doubling and the last 9x9, at the
-        # resolutions they work at.
-        enlarged = sum(1 / 2**n for n in range(doublings)) + 4 / scale
-        self.reach = math.ceil(4 + 2 * num_blocks + 1 + enlarged)
+            layers.start_at_zero(self.final_conv.pointwise)
+        self.reach = layers.reach(scale, num_blocks)
 
     def forward(self, lr: Tensor) -> Tensor:
         features = self.initial(lr)
         detail = self.convblock(self.residual(features)) + features
         detail = self.final_conv(self.upsampler(detail))
-        if self.global_skip == "none":
-            out: Tensor = (torch.tanh(detail.float()) + 1) / 2
-            return out
-        # antialias selects the a = -0.5 kernel, Pillow's bicubic; enlarging has nothing to alias.
-        base = F.interpolate(
-            lr.float(), scale_factor=float(self.scale), mode="bicubic", antialias=True
-        )
-        out = base + detail
-        return out
+        return layers.output(lr, detail, self.scale, self.global_skip)
 
 
 class Discriminator(nn.Module):
@@ -148,34 +134,22 @@ class Discriminator(nn.Module):
     The published network ends in a sigmoid; here that belongs to the loss.
     """
 
-    WIDTHS = (64, 64, 128, 128, 256, 256, 512, 512)
-
     def __init__(self, *, channels: int, head: str) -> None:
         super().__init__()
-        blocks = []
-        for number, (inputs, outputs) in enumerate(
-            zip((channels, *self.WIDTHS), self.WIDTHS, strict=False)
-        ):
-            activation = nn.LeakyReLU(0.2, inplace=True)
-            blocks.append(
+        self.blocks = nn.Sequential(
+            *(
                 ConvBlock(
                     inputs,
                     outputs,
                     3,
                     norm=number > 0,
-                    activation=activation,
+                    activation=nn.LeakyReLU(0.2, inplace=True),
                     stride=1 + number % 2,
                 )
+                for number, (inputs, outputs) in enumerate(layers.discriminator_widths(channels))
             )
-        self.blocks = nn.Sequential(*blocks)
-        pool = 6 if head == "linear" else 1
-        self.classifier = nn.Sequential(
-            nn.AdaptiveAvgPool2d(pool),
-            nn.Flatten(),
-            nn.Linear(self.WIDTHS[-1] * pool * pool, 1024),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(1024, 1),
         )
+        self.classifier = layers.classifier(head)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.blocks(x))
@@ -184,16 +158,12 @@ class Discriminator(nn.Module):
 
 def infer(state: dict[str, Any]) -> dict[str, Any]:
     """`Generator`'s arguments, read from the names and shapes of a state dict."""
-
-    def count(prefix: str) -> int:
-        return len({key.split(".")[1] for key in state if key.startswith(prefix)})
-
     width, channels = state["initial.cnn.pointwise.weight"].shape[:2]
     return {
-        "scale": 2 ** count("upsampler."),
+        "scale": 2 ** layers.count(state, "upsampler."),
         "channels": int(channels),
         "num_channels": int(width),
-        "num_blocks": count("residual."),
+        "num_blocks": layers.count(state, "residual."),
         "norm": "batch" if "convblock.bn.weight" in state else "none",
         "global_skip": "none",
     }

@@ -1,0 +1,67 @@
+"""What the families of networks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_WIDTHS = (64, 64, 128, 128, 256, 256, 512, 512)  # of the published discriminators
+
+
+def doublings(scale: int) -> int:
+    """How often a generator doubles height and width: log2, so that ×8 is 8 and not 16."""
+    number = int(math.log2(scale))
+    assert 2**number == scale, "the scale is a power of 2"
+    return number
+
+
+def reach(scale: int, num_blocks: int) -> int:
+    """LR pixels on each side that an output pixel depends on.
+
+    9x9, two 3x3 a residual block, 3x3, then a 3x3 before each doubling and the last 9x9, at the
+    resolutions they work at.
+    """
+    enlarged = sum(1 / 2**n for n in range(doublings(scale))) + 4 / scale
+    return int(math.ceil(4 + 2 * num_blocks + 1 + enlarged))
+
+
+def start_at_zero(last: nn.Conv2d) -> None:
+    """Let a generator with a global skip start as its skip."""
+    nn.init.zeros_(last.weight)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
+
+
+def output(lr: Tensor, detail: Tensor, scale: int, global_skip: str) -> Tensor:
+    """SR from the last layer's output: tanh to [0, 1], or added to the bicubic enlargement."""
+    if global_skip == "none":
+        return (torch.tanh(detail.float()) + 1) / 2
+    # antialias selects the a = -0.5 kernel, Pillow's bicubic; enlarging has nothing to alias.
+    base = F.interpolate(lr.float(), scale_factor=float(scale), mode="bicubic", antialias=True)
+    return base + detail
+
+
+def discriminator_widths(channels: int) -> Iterable[tuple[int, int]]:
+    """(inputs, outputs) of each convolution; every second one has stride 2."""
+    return zip((channels, *_WIDTHS), _WIDTHS, strict=False)
+
+
+def classifier(head: str) -> nn.Sequential:
+    """From features to a logit. `linear`: over a 6x6 pool, as published; `gap`: a global pool."""
+    pool = 6 if head == "linear" else 1
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(pool),
+        nn.Flatten(),
+        nn.Linear(_WIDTHS[-1] * pool * pool, 1024),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Linear(1024, 1),
+    )
+
+
+def count(state: dict[str, Tensor], prefix: str) -> int:
+    """How many numbered submodules of `prefix` a state dict holds."""
+    return len({key.split(".")[1] for key in state if key.startswith(prefix)})
