@@ -192,7 +192,7 @@ def test_files_that_hold_no_generator(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a discriminator"):
         checkpoint.load_generator(path)
     torch.save({"model": discriminator.state_dict()}, path)
-    with pytest.raises(UserError, match="no Swift-SRGAN generator"):
+    with pytest.raises(UserError, match="no generator known here"):
         checkpoint.load_generator(path)
     checkpoint.save_published(discriminator, path, {**ARGUMENTS, "name": "unheard_of"})
     with pytest.raises(UserError, match="a model that this version does not know: 'unheard_of'"):

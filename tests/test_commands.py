@@ -126,7 +126,7 @@ def test_upscale_refuses(picture: images.Picture, published: Path, tmp_path: Pat
     message = refuse(
         *(*common, "--checkpoint", tmp_path / "other.pth.tar", "--input", tmp_path / "a.png")
     )
-    assert "no Swift-SRGAN generator" in message
+    assert "no generator known here" in message
     assert not output.exists()
 
 

@@ -9,14 +9,22 @@ from torch import nn
 from sr_dist import images, models
 
 
-def small(**changes: object) -> nn.Module:
+FAMILIES = ("swift_srgan", "srgan")
+
+
+def small(name: str = "swift_srgan", **changes: object) -> nn.Module:
     arguments = {"scale": 4, "channels": 3, "num_channels": 8, "num_blocks": 2, **changes}
-    return models.build_generator("swift_srgan", **arguments).eval()  # type: ignore[arg-type]
+    return models.build_generator(name, **arguments).eval()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("scale", "parameters"), [(4, 201_209), (2, 183_865)])
-def test_generator_has_the_published_number_of_parameters(scale: int, parameters: int) -> None:
-    generator = models.build_generator("swift_srgan", scale=scale, channels=3)
+@pytest.mark.parametrize(
+    ("name", "scale", "parameters"),
+    [("swift_srgan", 4, 201_209), ("swift_srgan", 2, 183_865), ("srgan", 4, 1_547_350)],
+)
+def test_generator_has_the_published_number_of_parameters(
+    name: str, scale: int, parameters: int
+) -> None:
+    generator = models.build_generator(name, scale=scale, channels=3)
     assert models.count_parameters(generator) == parameters
 
 
@@ -44,30 +52,36 @@ def test_names_are_the_published_ones() -> None:
     assert "blocks.0.bn.weight" not in names
 
 
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("global_skip", ["none", "bicubic"])
-def test_sizes_also_for_odd_pictures(scale: int, channels: int, global_skip: str) -> None:
-    generator = small(scale=scale, channels=channels, global_skip=global_skip)
+def test_sizes_also_for_odd_pictures(
+    name: str, scale: int, channels: int, global_skip: str
+) -> None:
+    generator = small(name, scale=scale, channels=channels, global_skip=global_skip)
     sr = generator(torch.rand(2, channels, 7, 13))
     assert sr.shape == (2, channels, 7 * scale, 13 * scale)
 
 
-def test_output_without_skip_is_a_picture() -> None:
-    sr = small()(torch.rand(1, 3, 9, 9) * 20 - 10)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_output_without_skip_is_a_picture(name: str) -> None:
+    sr = small(name)(torch.rand(1, 3, 9, 9) * 20 - 10)
     assert 0 <= sr.min() and sr.max() <= 1
 
 
-def test_bicubic_skip_starts_as_pillows_bicubic(picture: images.Picture) -> None:
-    generator = small(global_skip="bicubic")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bicubic_skip_starts_as_pillows_bicubic(name: str, picture: images.Picture) -> None:
+    generator = small(name, global_skip="bicubic")
     sr = images.to_pictures(generator(images.to_float(images.to_batch([picture]))))[0]
     difference = sr.astype(int) - images.enlarge(picture, 4, "bicubic").astype(int)
     assert abs(difference).max() <= 1
 
 
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("scale", [2, 4, 8])
-def test_reach_is_how_far_an_output_pixel_looks(scale: int) -> None:
-    generator = small(scale=scale, num_blocks=2)
+def test_reach_is_how_far_an_output_pixel_looks(name: str, scale: int) -> None:
+    generator = small(name, scale=scale, num_blocks=2)
     reach = models.reach(generator)
     lr = torch.rand(1, 3, 2 * reach + 9, 5, requires_grad=True)
     sr = generator(lr)
@@ -90,33 +104,71 @@ def test_weights_that_no_forward_uses_are_not_trained() -> None:
     assert sum(p.numel() for p in frozen) == 3 * 8  # two blocks' and the last block's PReLU
 
 
-def test_norm_none_has_no_buffers() -> None:
-    assert not list(small(norm="none").buffers())
-    assert list(small(norm="batch").buffers())
+@pytest.mark.parametrize("name", FAMILIES)
+def test_norm_none_has_no_buffers(name: str) -> None:
+    assert not list(small(name, norm="none").buffers())
+    assert list(small(name, norm="batch").buffers())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("head", ["linear", "gap"])
 @pytest.mark.parametrize("side", [32, 40, 96])
-def test_discriminator_gives_a_logit_for_crops_from_32(head: str, side: int) -> None:
-    discriminator = models.build_discriminator("swift_srgan", channels=3, head=head)
+def test_discriminator_gives_a_logit_for_crops_from_32(name: str, head: str, side: int) -> None:
+    discriminator = models.build_discriminator(name, channels=3, head=head)
     logits = discriminator(torch.rand(3, 3, side, side))
     assert logits.shape == (3, 1)
 
 
+@pytest.mark.parametrize("side", [32, 39, 96])
+def test_unet_gives_a_logit_for_every_pixel(side: int) -> None:
+    discriminator = models.build_discriminator("unet", channels=1)
+    pictures = torch.rand(2, 1, side, side)
+    logits = discriminator(pictures)
+    assert logits.shape == pictures.shape
+    changed = pictures.clone()
+    changed[1] = 1 - changed[1]
+    assert torch.equal(discriminator(changed)[0], logits[0]), "no statistics over the batch"
+    assert not torch.equal(discriminator(changed)[1], logits[1])
+
+
+def test_unet_has_the_number_of_parameters_of_its_layers() -> None:
+    number = 9 * 3 * 64 + 64 + 16 * (64 * 128 + 128 * 256 + 256 * 512)
+    number += 9 * (512 * 256 + 256 * 128 + 128 * 64) + 2 * 9 * 64 * 64 + 9 * 64 + 1
+    assert models.count_parameters(models.build_discriminator("unet", channels=3)) == number
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "unet"])
+def test_spectral_norm_bounds_every_layer(name: str) -> None:
+    torch.manual_seed(0)
+    discriminator = models.build_discriminator(name, channels=3, head="gap", spectral_norm=True)
+    layers = [m for m in discriminator.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) >= 10
+    for _ in range(30):  # each forward in training mode is a step of the power iteration
+        discriminator(torch.rand(2, 3, 32, 32))
+    for layer in layers:
+        largest = torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2)
+        assert float(largest) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("scale", [2, 4, 8])
-def test_infer_reads_the_arguments_off_a_state_dict(scale: int) -> None:
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_infer_reads_the_arguments_off_a_state_dict(name: str, scale: int, norm: str) -> None:
     arguments = {
-        "name": "swift_srgan",
+        "name": name,
         "scale": scale,
         "channels": 1,
         "num_channels": 8,
         "num_blocks": 3,
-        "norm": "none",
+        "norm": norm,
         "global_skip": "none",
     }
     generator = models.build_generator(**arguments)  # type: ignore[arg-type]
     assert models.infer_generator(generator.state_dict()) == arguments
-    with pytest.raises(ValueError, match="no Swift-SRGAN generator"):
+
+
+def test_infer_refuses_another_network() -> None:
+    with pytest.raises(ValueError, match="no generator known here"):
         models.infer_generator({"conv.weight": torch.zeros(1)})
 
 
