@@ -48,10 +48,16 @@ def parse_arguments() -> argparse.Namespace:
         choices=("nearest", "bilinear", "bicubic", "lanczos"),
         help="a classical method; may be given several times",
     )
-    parser.add_argument("--scale", required=True, type=int, metavar="N")
-    parser.add_argument("--protocol", choices=("y", "rgb"), default="y", help="luma (y) or rgb")
-    parser.add_argument("--tile", type=int, default=256, metavar="N", help="side of the LR tiles")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--scale", required=True, type=int, metavar="N", help="enlargement")
+    parser.add_argument(
+        "--protocol", choices=("y", "rgb"), default="y", help="luma (default) or rgb"
+    )
+    parser.add_argument(
+        "--tile", type=int, default=256, metavar="N", help="side of the LR tiles (default 256)"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="a folder for the results"
+    )
     return parser.parse_args()
 
 

@@ -16,8 +16,9 @@ examples:
   accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
       launch/train.py --config configs/swift_srgan_x4.yaml --batch_size 16
 
-The same command again goes on from the newest checkpoint of the run. Settings are listed in the
-recipes of configs/; a misspelt one is refused, with the nearest valid name.
+The same command again goes on from the newest checkpoint of the run: the end of an epoch, or every
+checkpoint.every_steps steps. configs/README.md lists all settings; a misspelt one is refused, with
+the nearest valid name.
 """
 
 
@@ -44,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    with exit_on_user_error():
+    with exit_on_user_error("The same command goes on from the last checkpoint."):
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         from sr_dist import config, distributed, train

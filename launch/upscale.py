@@ -34,7 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--input", required=True, nargs="+", type=Path, metavar="PATH", help="pictures and folders"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="a folder for the results"
+    )
     parser.add_argument(
         "--tile",
         type=int,
@@ -48,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with exit_on_user_error():
+    with exit_on_user_error("Pictures written so far are whole."):
         import torch
         from tqdm import tqdm
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sr_dist import models
+from sr_dist import models, weights
 from sr_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 
 META = "meta.json"
 TRAINING = "training.pt"
+_GENERATORS = ("ema.safetensors", "generator.safetensors")
 EXTRA = "sr_dist"  # the key that our .pth.tar files carry beside "model"
 
 
@@ -59,7 +60,7 @@ def save(
     folder: Path,
     *,
     step: int,
-    weights: Mapping[str, nn.Module],
+    modules: Mapping[str, nn.Module],
     training: dict[str, Any],
     meta: dict[str, Any],
     keep: int,
@@ -69,17 +70,18 @@ def save(
     `keep` remain. Later ones are removed too: this run did not come from them, because they were
     found damaged.
 
-    `weights`: modules by file name. `training`: tensors and plain numbers. `meta`: what `meta.json`
-    shall say beside the step and the hashes.
+    `modules`: whose weights, by file name. `training`: tensors and plain numbers. `meta`: what
+    `meta.json` shall say beside the step and the hashes.
     """
     target = folder / f"step-{step:08d}"
     partial = target.with_suffix(".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, module in weights.items():
-        safetensors.torch.save_file(
-            _contiguous(module.state_dict()), partial / f"{name}.safetensors"
-        )
+    for name, module in modules.items():
+        held = safetensors.torch.save(_contiguous(module.state_dict()))
+        (partial / f"{name}.safetensors").write_bytes(
+            held
+        )  # save_file leaves it to its owner alone
     torch.save(training, partial / TRAINING)
     hashes = {path.name: _sync_and_hash(path) for path in sorted(partial.iterdir())}
     text = json.dumps({"step": step, **meta, "sha256": hashes}, indent=1) + "\n"
@@ -96,11 +98,14 @@ def save(
     return target
 
 
-def find_newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below `folder`; those passed over are logged with the reason."""
+def find_newest(folder: Path, names: Container[str] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint below `folder`; those passed over are logged with the reason.
+
+    `names`: the files that matter; None for all.
+    """
     for candidate in _folders(folder):
         try:
-            return verify(candidate)
+            return verify(candidate, names)
         except UserError as error:
             log.warning("passed over a checkpoint: %s", error)
     return None
@@ -139,8 +144,8 @@ def find_start(folder: Path, resume: str, identity: Mapping[str, Any]) -> Checkp
     return found
 
 
-def verify(folder: Path) -> Checkpoint:
-    """Read `meta.json` and compare every file with its hash.
+def verify(folder: Path, names: Container[str] | None = None) -> Checkpoint:
+    """Read `meta.json` and compare every file, or those of `names`, with its hash.
 
     Raises:
         UserError: a file is missing or altered.
@@ -151,6 +156,8 @@ def verify(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {META}: {error}") from None
     for name, expected in hashes.items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder} is no whole checkpoint: {name} is missing")
@@ -194,47 +201,26 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         generator = models.build_generator(**description)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} holds a model that this version does not know: {error}") from None
-    load_weights(generator, state, str(path))
+    weights.load(generator, state, str(path))
     return generator.eval(), description
-
-
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """`module.load_state_dict`, strictly.
-
-    Raises:
-        UserError: naming the first key that is missing, unexpected or of another shape.
-    """
-    own = module.state_dict()
-    for key in [*own, *(key for key in state if key not in own)]:
-        if key not in state:
-            raise UserError(f"{where}: weights lack {key}; they are of another model")
-        if key not in own:
-            raise UserError(f"{where}: weights hold {key}, which the model does not have")
-        if state[key].shape != own[key].shape:
-            raise UserError(
-                f"{where}: {key} has shape {tuple(state[key].shape)}, the model's has "
-                f"{tuple(own[key].shape)}; the weights are of another width, depth or scale"
-            )
-    module.load_state_dict(state)
 
 
 def _checkpoint_in(path: Path) -> Checkpoint:
     if (path / META).exists():
-        return verify(path)
-    found = find_newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        return verify(path, _GENERATORS)
+    inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = find_newest(inside, _GENERATORS)
     if found is None:
+        files = sorted(file.name for file in path.glob("netG_*.pth.tar"))
+        hint = f", or a file in it, such as {files[-1]}" if files else ""
         raise UserError(
-            f"{path} holds no whole checkpoint; expected a run's folder or a checkpoint's"
+            f"{path} holds no whole checkpoint; expected a run's folder or a checkpoint's{hint}"
         )
     return found
 
 
 def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises whatever the bytes provoke
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no checkpoint that can be read: {reason}") from None
+    values = weights.read(path)
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise UserError(f'{path} is no generator: expected {{"model": state_dict}}')
     state = values["model"]

@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses, read from YAML and `section.key=value`, written back as YAML.
+"""The settings of a run: frozen dataclasses, read from YAML, written back as YAML.
 
 Every problem of a configuration is reported in one `UserError`, each with its dotted key, what was
 found, what was expected, and the nearest valid name. Only `launch/` and `train.py` import this
@@ -8,49 +8,21 @@ module; everything else takes plain arguments.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from sr_dist import settings
 from sr_dist.errors import UserError
-
-REQUIRED: Any = dataclasses.MISSING
-
-
-def setting(
-    default: Any,
-    meaning: str,
-    *,
-    choices: Sequence[Any] | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A field, its meaning and its range: `minimum` and `maximum` belong to it, the others not."""
-    limits = {
-        "meaning": meaning,
-        "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "below": below,
-    }
-    if default is REQUIRED:
-        return dataclasses.field(metadata=limits)
-    return dataclasses.field(default=default, metadata=limits)
+from sr_dist.settings import REQUIRED, setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     name: str = setting("run", "names the run's folder inside output_dir")
-    output_dir: str = setting("runs", "folder that holds the run folders")
+    output_dir: str = setting("runs", "folder that holds the run folders", path=True)
     seed: int = setting(0, "seeds weights, sample order, crops and flips", minimum=0, maximum=2**63)
     resume: str = setting(
         "auto",
@@ -61,9 +33,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    train: str = setting(REQUIRED, "training shards: a folder with index.json, or an index.json")
+    train: str = setting(
+        REQUIRED, "training shards: a folder with index.json, or an index.json", path=True
+    )
     validation: str = setting(
-        REQUIRED, "pictures to evaluate on: a folder, a .txt list of files, or shards"
+        REQUIRED, "pictures to evaluate on: a folder, a .txt list of files, or shards", path=True
     )
     scale: int = setting(4, "enlargement of height and width", choices=(2, 4, 8))
     channels: int = setting(3, "3: RGB, 1: gray", choices=(1, 3))
@@ -116,6 +90,7 @@ class Content:
         "auto",
         "auto: torchvision's ImageNet weights (a 14 MB download); a file with a state dict; "
         "none: random weights, for tests only",
+        path=True,
     )
     normalize: bool = setting(True, "normalise pictures as ImageNet ones; false: as published")
     weight: float = setting(0.006, "weight in the generator's loss; 0 leaves it out", minimum=0)
@@ -235,36 +210,25 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; expected a YAML recipe") from None
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, settings.Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections such as 'data:' and 'train:', found {values!r}")
     problems: list[str] = []
     for override in overrides:
-        _apply_override(values, override, problems)
-    config = _build(Config, values, "", problems)
+        settings.apply_override(values, override, problems)
+    config = settings.build(Config, values, "", problems)
     if not problems:
         problems += _contradictions(config)
     if problems:
-        listing = "\n".join(f"  {problem}" for problem in problems)
-        raise UserError(f"{path}: {len(problems)} problem(s) in the configuration:\n{listing}")
+        given = {override.partition("=")[0] for override in overrides}
+        listing = "".join(
+            f"\n  {problem}" + " (command line)" * (problem.partition(":")[0] in given)
+            for problem in problems
+        )
+        raise UserError(f"{path}: {len(problems)} problem(s) in the configuration:{listing}")
     return typing.cast(Config, config)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def to_yaml(config: Config) -> str:
@@ -295,99 +259,3 @@ def _contradictions(config: Config) -> list[str]:
     if config.train.warmup_images and not config.loss.pixel.weight:
         problems.append("train.warmup_images: the warm-up trains on loss.pixel, whose weight is 0")
     return problems
-
-
-def _apply_override(values: dict[str, Any], override: str, problems: list[str]) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        problems.append(f"{override!r}: expected section.key=value, for example train.epochs=5")
-        return
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    *sections, name = key.split(".")
-    place: Any = values
-    for section in sections:
-        if place.get(section) is None:
-            place[section] = {}
-        place = place[section]
-        if not isinstance(place, dict):
-            problems.append(f"{key}: {section} is not a section; it holds {place!r}")
-            return
-    place[name] = value
-
-
-def _build(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
-    """An instance of dataclass `kind`, or None where `problems` grew."""
-    if values is None:
-        values = {}
-    if not isinstance(values, Mapping):
-        problems.append(f"{prefix.rstrip('.')}: expected a section with keys, found {values!r}")
-        return None
-    before = len(problems)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    annotations = typing.get_type_hints(kind)
-    for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
-            problems.append(f"{prefix}{name}: unknown key; {hint}")
-    given: dict[str, Any] = {}
-    for name, field in fields.items():
-        key, annotation = f"{prefix}{name}", annotations[name]
-        if dataclasses.is_dataclass(annotation):
-            given[name] = _build(
-                typing.cast(type, annotation), values.get(name), f"{key}.", problems
-            )
-        elif name in values:
-            given[name] = _value(key, values[name], annotation, field.metadata, problems)
-        elif field.default is dataclasses.MISSING:
-            problems.append(f"{key}: missing; {field.metadata['meaning']}")
-    return kind(**given) if len(problems) == before else None
-
-
-def _value(
-    key: str, value: Any, annotation: Any, limits: Mapping[str, Any], problems: list[str]
-) -> Any:
-    """`value` coerced to `annotation`, checked against `limits`."""
-    kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    if value is None and types.NoneType in kinds:
-        return None
-    kind = next(k for k in kinds if k is not types.NoneType)
-    # YAML reads `no` as false, `1e-4` as a string and `3` as an integer; the annotation decides.
-    if kind is str and value is False and limits["choices"] and "no" in limits["choices"]:
-        value = "no"
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        optional = " or null" if types.NoneType in kinds else ""
-        expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        hint = f"; for the text, write '\"{value}\"'" if kind is str else ""
-        problems.append(f"{key}: expected {expected[kind]}{optional}, found {value!r}{hint}")
-        return value
-    choices, minimum, maximum = limits["choices"], limits["minimum"], limits["maximum"]
-    above, below = limits["above"], limits["below"]
-    if kind is float and not math.isfinite(value):
-        problems.append(f"{key}: expected a finite number, found {value!r}")
-    elif choices is not None and value not in choices:
-        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        listing = ", ".join(str(choice) for choice in choices)
-        problems.append(f"{key}: expected one of {listing}, found {value!r}{hint}")
-    elif minimum is not None and not value >= minimum:
-        problems.append(f"{key}: expected at least {minimum}, found {value!r}")
-    elif maximum is not None and not value <= maximum:
-        problems.append(f"{key}: expected at most {maximum}, found {value!r}")
-    elif below is not None and not value < below:
-        problems.append(f"{key}: expected less than {below}, found {value!r}")
-    elif above is not None and not value > above:
-        problems.append(f"{key}: expected more than {above}, found {value!r}")
-    return value
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)

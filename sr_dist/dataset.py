@@ -163,7 +163,8 @@ def split(
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction: expected a number between 0 and 1, found {val_fraction}")
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist; expected a folder of pictures")
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {found}; expected a folder of pictures")
     output = folder if output is None else output
     paths = images.find(folder)
     if len(paths) < 2:

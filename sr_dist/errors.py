@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 USER_MISTAKE = 2  # exit status
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 # What the system says of a path or a disk that is the user's to mend.
 _OF_THE_PLACE = {
@@ -36,13 +37,18 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def exit_on_user_error() -> Iterator[None]:
+def exit_on_user_error(again: str = "") -> Iterator[None]:
     """Turn a `UserError` into its message on standard error and exit status 2.
 
-    The same for a file or folder that cannot be used, and for a full disk.
+    The same for a file or folder that cannot be used, and for a full disk. `again`: what running
+    the command again does, said after Ctrl-C.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _say(f"stopped. {again}".rstrip(), kind="")
+        raise SystemExit(INTERRUPTED) from None
     except UserError as error:
         if not error.silent:
             _say(str(error))
@@ -68,6 +74,7 @@ def said_once_a_node() -> Iterator[None]:
         raise
 
 
-def _say(message: str) -> None:
+def _say(message: str, kind: str = "error") -> None:
     rank = os.environ.get("RANK", "0")
-    sys.stderr.write(f"error: {message}\n" if rank == "0" else f"error (rank {rank}): {message}\n")
+    head = " ".join([kind] * bool(kind) + [f"(rank {rank})"] * (rank != "0"))
+    sys.stderr.write(f"{head}: {message}\n" if head else f"\n{message}\n")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from sr_dist import images, metrics, shards, upscale
@@ -17,7 +17,7 @@ from sr_dist.errors import UserError
 Upscaler = Callable[[images.Picture], images.Picture]  # (H, W, C) → (scale·H, scale·W, C)
 
 _IDENTICAL = 100.0  # dB, in place of infinity, so that averages and JSON stay numbers
-_LABEL_HEIGHT = 16  # pixels
+_LABEL_HEIGHT = 20  # pixels
 _GAP = 4
 
 
@@ -157,18 +157,34 @@ def file_name(picture: str) -> str:
     return Path(picture).with_suffix("").as_posix().strip("./").replace("/", "_")
 
 
+def middle(
+    pair: Pair, results: Mapping[str, images.Picture], side: int
+) -> tuple[Pair, Mapping[str, images.Picture]]:
+    """The middle of a pair and of its results, `side` HR pixels wide and high at most."""
+    scale = pair.hr.shape[0] // pair.lr.shape[0]
+    height, width = (min(length, side // scale) for length in pair.lr.shape[:2])
+    top, left = (pair.lr.shape[0] - height) // 2, (pair.lr.shape[1] - width) // 2
+
+    def part(picture: images.Picture, factor: int) -> images.Picture:
+        down = slice(factor * top, factor * (top + height))
+        return picture[down, factor * left : factor * (left + width)]
+
+    shown = Pair(pair.name, part(pair.lr, 1), part(pair.hr, scale))
+    return shown, {name: part(picture, scale) for name, picture in results.items()}
+
+
 def side_by_side(pair: Pair, results: Mapping[str, images.Picture]) -> images.Picture:
     """LR (each pixel enlarged), the results and HR in a row, labelled."""
     height, width = pair.hr.shape[:2]
-    enlarged = images.enlarge(pair.lr, height // pair.lr.shape[0], "nearest")
+    enlarged = images.enlarge(np.ascontiguousarray(pair.lr), height // pair.lr.shape[0], "nearest")
     panels = {"LR": enlarged, **results, "HR": pair.hr}
     size = (len(panels) * (width + _GAP) - _GAP, height + _LABEL_HEIGHT)
     canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=_LABEL_HEIGHT - 4)
     for number, (label, picture) in enumerate(panels.items()):
         left = number * (width + _GAP)
-        draw.text((left + 2, 2), label, fill="black")
-        canvas.paste(images.to_pillow(picture), (left, _LABEL_HEIGHT))
+        draw.text((left + 2, 1), label, fill="black", font=font)
+        canvas.paste(images.to_pillow(np.ascontiguousarray(picture)), (left, _LABEL_HEIGHT))
     return np.asarray(canvas)
 
 

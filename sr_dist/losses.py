@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sr_dist import weights as weights_files
 from sr_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def mobilenet_v2_features(weights: str) -> nn.Module:
     """
     if weights == "none":
         log.warning("the content loss compares features of RANDOM weights: for tests only")
-        return _features(None)
+        return _features(None, "")
     if weights == "auto":
         url = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url
         cache = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
@@ -115,26 +116,24 @@ def mobilenet_v2_features(weights: str) -> nn.Module:
                 f"failed: {error}. Put the file there, name one with "
                 "loss.content.weights=FILE, or leave the loss out with loss.content.weight=0."
             ) from None
-        return _features(state)
+        return _features(state, url)
     path = Path(weights)
     if not path.is_file():
         raise UserError(
             f"loss.content.weights: {path} does not exist; expected auto, none, or a file with a "
             "state dict of torchvision's mobilenet_v2"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return _features(state)
-    except Exception as error:  # unpickling raises whatever the bytes provoke
-        reason = str(error).splitlines()[0]
+    state = weights_files.read(path)
+    if not isinstance(state, dict):
         raise UserError(
-            f"loss.content.weights: {path} is no state dict of torchvision's mobilenet_v2: {reason}"
-        ) from None
+            f"loss.content.weights: {path} holds no state dict of torchvision's mobilenet_v2"
+        )
+    return _features(state, str(path))
 
 
-def _features(state: dict[str, Tensor] | None) -> nn.Module:
+def _features(state: dict[str, Tensor] | None, where: str) -> nn.Module:
     network = torchvision.models.mobilenet_v2(weights=None)
     if state is not None:
-        network.load_state_dict(state)
+        weights_files.load(network, state, f"loss.content.weights: {where}")
     features: nn.Module = network.features
     return features

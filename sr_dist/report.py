@@ -17,6 +17,7 @@ from sr_dist import evaluate, images
 
 _ZOOM_SIDE = 64  # HR pixels of the enlarged detail
 _ZOOM = 4
+_METRICS = "metrics.json"
 
 Summary = dict[str, Any]
 
@@ -30,6 +31,9 @@ class Writer:
         self.protocol = protocol
         self.sections: list[tuple[str, str]] = []  # (picture, HTML)
         self.files: set[str] = set()  # names of pictures written
+        if (folder / _METRICS).exists():  # of an earlier evaluation, whose pictures go with it
+            for picture in (folder / "pictures").glob("*.png"):
+                picture.unlink()
 
     def add(self, pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
         """Write the side-by-side picture; keep what the report shows of it."""
@@ -56,7 +60,7 @@ class Writer:
                 for mean in means
             ],
         }
-        _write(self.folder / "metrics.json", json.dumps(summary, indent=1) + "\n")
+        _write(self.folder / _METRICS, json.dumps(summary, indent=1) + "\n")
         _write(self.folder / "metrics.csv", _csv(rows))
         _write(self.folder / "report.html", self._html(rows, means))
         return summary

@@ -73,6 +73,10 @@ def read_index(address: str) -> Index:
     Raises:
         UserError: it is missing, unreadable or of another format.
     """
+    if address.endswith(".tar"):
+        raise UserError(
+            f"{address} is a tar; expected the folder that holds its {INDEX_NAME}, or that file"
+        )
     path = address if address.endswith(".json") else f"{address.rstrip('/')}/{INDEX_NAME}"
     root = path.rpartition("/")[0] or "."
     try:

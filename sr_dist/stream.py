@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,8 @@ class _Member:
 
 
 def _damaged(address: str, what: str) -> str:
+    if "://" not in address and not Path(address).exists():
+        return f"shard {address} is gone; its folder's index.json still lists it. Put it back."
     return (
         f"shard {address} is damaged: {what}. 'python tools/make_shards.py verify' lists all that "
         "is wrong; write the shard again."

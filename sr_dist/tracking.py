@@ -121,7 +121,7 @@ def epoch_row(sums: Tensor) -> dict[str, float | str]:
 class Progress:
     """One line that says how far the run is: live on a terminal, now and then in a log.
 
-    Counts pictures (HR crops) over all ranks. Also keeps the time spent waiting for data.
+    Counts pictures, which are HR crops, over all ranks. Also keeps the time spent waiting for data.
     """
 
     def __init__(self, *, total: int, done: int, visible: bool) -> None:

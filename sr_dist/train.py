@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from sr_dist import (
@@ -22,15 +23,19 @@ from sr_dist import (
     images,
     metrics,
     models,
+    settings,
     shards,
     stream,
     tracking,
+    weights,
 )
 from sr_dist.config import Config, to_yaml
 from sr_dist.distributed import Processes
 from sr_dist.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_SAMPLE_SIDE = 512  # HR pixels of a sample picture's panels, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +83,15 @@ def _run(config: Config, processes: Processes) -> Result:
         )
     identity = _identity(config, index, plan)
     start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
-    settings = dataclasses.asdict(config)
+    values_of = dataclasses.asdict(config)
     networks = gan.build_networks(
         processes,
         generator=identity["generator"],
         discriminator=identity["discriminator"],
-        optimizer=settings["optimizer"],
+        optimizer=values_of["optimizer"],
         half_life=config.train.ema_half_life,
     )
-    objective = gan.build_objective(**settings["loss"], device=processes.device)
+    objective = gan.build_objective(**values_of["loss"], device=processes.device)
 
     # Where the run stands.
     first_step = 0
@@ -102,33 +107,39 @@ def _run(config: Config, processes: Processes) -> Result:
             f"rank {processes.rank} would go on from step {first_step}, others from elsewhere; "
             f"{folder} must lie on storage that all machines share"
         )
+    if first_step >= total_steps:
+        return _complete(folder, config, processes, networks, first_step // steps_per_epoch)
     tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
+        changes = _changes(folder / "config.yaml", config) if start is not None else []
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         tracker = tracking.Tracker(
             folder, first_step=first_step, first_epoch=first_step // steps_per_epoch
         )
         tracker.config(to_yaml(config), first_step)
         log.info(
-            "%d process(es) on %s, precision %s; %s parameters in the generator",
-            processes.world_size,
+            "%s on %s, precision %s; %s parameters in the generator",
+            "1 process" if processes.world_size == 1 else f"{processes.world_size} processes",
             processes.device.type,
             processes.mixed_precision,
             f"{models.count_parameters(networks.generator):,}",
         )
         log.info(
-            "%d samples in %d shard(s), %d of them left out of each epoch; %d steps of %d crops an "
-            "epoch; %d validation picture(s)",
+            "training on %d samples in %d shards (%d left out of each epoch, others each time), "
+            "%d crops of each: %d steps of %d crops an epoch; validation on %d pictures",
             index.samples,
             len(index.shards),
             plan.left_out_per_epoch,
+            plan.crops_per_image,
             steps_per_epoch,
             batch_size,
             validation_pictures,
         )
         if start is not None:
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
+            for change in changes:
+                log.info("changed since: %s", change)
     batches = stream.batches(
         stream.CropStream(
             index=index,
@@ -155,7 +166,7 @@ def _run(config: Config, processes: Processes) -> Result:
         lr, hr = next(batches)
         waited = time.perf_counter() - asked
         rates = gan.apply_settings(
-            networks, settings["optimizer"], images_seen, total_steps * batch_size
+            networks, values_of["optimizer"], images_seen, total_steps * batch_size
         )
         scalars = gan.training_step(
             processes,
@@ -202,13 +213,33 @@ def _run(config: Config, processes: Processes) -> Result:
             processes.wait()
 
     progress.close()
-    if first_step >= total_steps and processes.is_main:
-        log.info("%s is complete; raise train.epochs to train it further", folder)
-        means = _evaluate(
-            config, networks.evaluated(), tracking.Silent(), config.train.epochs, first_step
-        )
     tracker.close()
     return Result(folder, means, metrics.protocol(config.evaluation.protocol, data.scale))
+
+
+def _complete(
+    folder: Path, config: Config, processes: Processes, networks: gan.Networks, epochs: int
+) -> Result:
+    """There is nothing to train: measure what is there, and leave the folder as it is."""
+    means: list[evaluate.Mean] = []
+    if processes.is_main:
+        log.info("%s has its %d epochs; raise train.epochs to train it further", folder, epochs)
+        means = _evaluate(config, networks.evaluated(), tracking.Silent(), epochs, 0)
+    return Result(folder, means, metrics.protocol(config.evaluation.protocol, config.data.scale))
+
+
+def _changes(path: Path, config: Config) -> list[str]:
+    """Settings that differ from those that a run's config.yaml holds."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        return [f"unknown, because {path} cannot be read: {error}"]
+    earlier = settings.flatten(before if isinstance(before, dict) else {})
+    return [
+        f"{key} was {earlier[key]}, is {value}"
+        for key, value in settings.flatten(dataclasses.asdict(config)).items()
+        if key in earlier and earlier[key] != value
+    ]
 
 
 def _identity(config: Config, index: shards.Index, plan: shards.Plan) -> dict[str, Any]:
@@ -244,7 +275,7 @@ def _restore(
     for name, module in networks.weights.items():
         # An average that the run did not keep before starts from the generator.
         held = name if start.has(name) else "generator"
-        checkpoint.load_weights(module, start.weights(held), str(start.folder))
+        weights.load(module, start.weights(held), str(start.folder))
     state = start.training()
     for name, optimizer in networks.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
@@ -266,7 +297,7 @@ def _save(
     checkpoint.save(
         folder / "checkpoints",
         step=step,
-        weights=networks.weights,
+        modules=networks.weights,
         training={
             "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
             "scaler": processes.scaler_state(),
@@ -286,7 +317,7 @@ def _save(
 def _evaluate(
     config: Config, generator: nn.Module, tracker: tracking.Tracker, epoch: int, step: int
 ) -> list[evaluate.Mean]:
-    """Bicubic and the model on the validation pictures; the first few go to the tracker."""
+    """Bicubic and the model on the validation pictures; of the first few, the middle is shown."""
     scale = config.data.scale
     shown: set[str] = set()
 
@@ -294,7 +325,8 @@ def _evaluate(
         if len(shown) < config.evaluation.samples:
             name = evaluate.unused_name(evaluate.file_name(pair.name), shown)
             shown.add(name)
-            tracker.picture(name, evaluate.side_by_side(pair, results), epoch, step)
+            part, of_results = evaluate.middle(pair, results, _SAMPLE_SIDE)
+            tracker.picture(name, evaluate.side_by_side(part, of_results), epoch, step)
 
     upscalers = {
         "bicubic": evaluate.classical("bicubic", scale),

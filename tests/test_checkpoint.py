@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sr_dist import checkpoint, models
+from sr_dist import checkpoint, models, weights
 from sr_dist.errors import UserError
 
 ARGUMENTS = {
@@ -32,11 +32,11 @@ def generator(seed: int = 0) -> nn.Module:
     return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def save(folder: Path, step: int, keep: int = 9, **weights: nn.Module) -> Path:
+def save(folder: Path, step: int, keep: int = 9, **modules: nn.Module) -> Path:
     return checkpoint.save(
         folder,
         step=step,
-        weights=weights or {"generator": generator(step)},
+        modules=modules or {"generator": generator(step)},
         training={"optimizers": {}, "number": step, "tensor": torch.arange(3)},
         meta={"generator": ARGUMENTS, "epoch": 1},
         keep=keep,
@@ -182,7 +182,7 @@ def test_files_that_hold_no_generator(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; expected a run's folder"):
         checkpoint.load_generator(path)
     path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="no checkpoint that can be read"):
+    with pytest.raises(UserError, match="cannot be read as weights"):
         checkpoint.load_generator(path)
     torch.save([1, 2], path)
     with pytest.raises(UserError, match='expected {"model": state_dict}'):
@@ -198,9 +198,12 @@ def test_files_that_hold_no_generator(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a model that this version does not know: 'unheard_of'"):
         checkpoint.load_generator(path)
     torch.save(torch.nn.Linear, path)  # a pickled object is not executed
-    with pytest.raises(UserError, match="no checkpoint that can be read"):
+    with pytest.raises(UserError, match="holds Python objects, which are not loaded"):
         checkpoint.load_generator(path)
     with pytest.raises(UserError, match="holds no whole checkpoint"):
+        checkpoint.load_generator(tmp_path)
+    path.rename(tmp_path / "netG_4x_epoch3.pth.tar")
+    with pytest.raises(UserError, match="or a file in it, such as netG_4x_epoch3.pth.tar"):
         checkpoint.load_generator(tmp_path)
 
 
@@ -208,12 +211,12 @@ def test_weights_that_do_not_fit_name_the_first_mismatch() -> None:
     own = generator()
     wide = models.build_generator(**{**ARGUMENTS, "num_channels": 16})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"initial.cnn.pointwise.weight has shape \(16, 3, 1, 1\)"):
-        checkpoint.load_weights(own, wide.state_dict(), "there")
+        weights.load(own, wide.state_dict(), "there")
     deep = models.build_generator(**{**ARGUMENTS, "num_blocks": 2})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="hold residual.1.block1"):
-        checkpoint.load_weights(own, deep.state_dict(), "there")
+        weights.load(own, deep.state_dict(), "there")
     with pytest.raises(UserError, match="lack residual.1.block1"):
-        checkpoint.load_weights(deep, own.state_dict(), "there")
+        weights.load(deep, own.state_dict(), "there")
 
 
 def test_moved_checkpoints_still_verify(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sr_dist import config
+from sr_dist import config, settings
 from sr_dist.errors import UserError
 from tests.helpers import REPOSITORY
 
@@ -50,7 +50,7 @@ def test_all_problems_come_at_once_each_with_its_key(tmp_path: Path) -> None:
         "data.crop_size: expected a whole number, found 'big'",
         "loss.pixel.kind: expected one of mse, l1, found 'mes'; did you mean mse?",
         "optimizer.generator.learning_rate: expected more than 0, found -1",
-        "train.epochs: expected at least 1, found 0",
+        "train.epochs: expected at least 1, found 0 (command line)",
         "'nonsense': expected section.key=value",
         "train.amp: unknown key; valid: epochs",
         "tracking: expected a section with keys, found 3",
@@ -125,3 +125,18 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
         load(tmp_path, text)
     with pytest.raises(UserError, match="cannot read the configuration"):
         config.load(tmp_path / "none.yaml")
+
+
+def test_every_setting_is_described_in_the_readme_of_the_recipes() -> None:
+    page = (REPOSITORY / "configs" / "README.md").read_text()
+    table = settings.describe(config.Config)
+    assert table in page, f"configs/README.md lacks this table:\n{table}"
+    assert "| `train.epochs` | whole number | 10 | passes over the training shards" in table
+
+
+def test_home_folders_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    (tmp_path / "a.yaml").write_text("data: {train: ~/shards, validation: there/~}")
+    found = config.load(tmp_path / "a.yaml", ["run.output_dir=~/runs"])
+    assert found.data.train == "/home/someone/shards"
+    assert (found.run.output_dir, found.data.validation) == ("/home/someone/runs", "there/~")

@@ -104,10 +104,14 @@ def test_content_weights_from_a_file(tmp_path: Path) -> None:
         losses.mobilenet_v2_features(str(tmp_path / "none.pth"))
     path = tmp_path / "weights.pth"
     path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="is no state dict of torchvision's mobilenet_v2"):
+    with pytest.raises(UserError, match="weights.pth cannot be read as weights: it is damaged"):
+        losses.mobilenet_v2_features(str(path))
+    torch.save([1], path)
+    with pytest.raises(UserError, match="holds no state dict of torchvision's mobilenet_v2"):
         losses.mobilenet_v2_features(str(path))
     torch.save({"features.0.0.weight": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="is no state dict of torchvision's mobilenet_v2"):
+    message = r"loss.content.weights: .*features.0.0.weight has shape \(1,\), the model's has"
+    with pytest.raises(UserError, match=message):
         losses.mobilenet_v2_features(str(path))
 
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from sr_dist import images, models
 
-
 FAMILIES = ("swift_srgan", "srgan")
 
 

@@ -183,5 +183,5 @@ def test_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
     folder = damaged(sharded, tmp_path)
     for tar in folder.glob("*.tar"):
         tar.unlink()
-    with pytest.raises(stream.DataError, match="No such file"):
+    with pytest.raises(stream.DataError, match="shard-000002.tar is gone"):
         read(folder)

@@ -253,13 +253,26 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
     before, _ = saved(first.folder)
     with caplog.at_level("INFO"):
         again = train.run(load(recipe))
-    assert "is complete; raise train.epochs" in caplog.text
+    assert "has its 2 epochs; raise train.epochs" in caplog.text
     assert again.means == first.means
     after, _ = saved(first.folder)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert len(rows(first.folder)) == 2
-    train.run(load(recipe, "train.epochs=3"))
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, "train.epochs=3", "optimizer.generator.learning_rate=1e-4"))
+    changes = [message for message in caplog.messages if message.startswith("changed since")]
+    assert changes == [
+        "changed since: optimizer.generator.learning_rate was 0.001, is 0.0001",
+        "changed since: train.epochs was 2, is 3",
+    ]
     assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2", "3"]
+    settings = (first.folder / "config.yaml").read_text()
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, "train.epochs=1"))
+    assert "has its 3 epochs" in caplog.text
+    assert (first.folder / "config.yaml").read_text() == settings, "left as it is"
 
 
 def test_evaluation_can_be_rarer(recipe: Path) -> None:
@@ -410,8 +423,7 @@ def test_two_processes_train_the_run_of_one(recipe: Path, tmp_path: Path) -> Non
             timeout=180,
         )
         assert done.returncode == 0, done.stderr
-        world_size = {"one": 1, "two": 2}[name]
-        assert f"{world_size} process(es) on cpu" in done.stderr
+        assert {"one": "1 process on cpu", "two": "2 processes on cpu"}[name] in done.stderr
         assert done.stdout.count("PSNR dB") == 1, "rank 0 alone speaks"
     (one, one_meta), (two, two_meta) = saved(tmp_path / "runs/one"), saved(tmp_path / "runs/two")
     assert (one_meta["world_size"], two_meta["world_size"]) == (1, 2)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sr_dist import gan, losses, models
 from sr_dist.distributed import Processes, joined
-from sr_dist.errors import exit_on_user_error
+from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
 example:
@@ -201,6 +201,15 @@ def about_this_checkout() -> dict[str, object]:
 def main() -> None:
     arguments = parse_arguments()
     with exit_on_user_error():
+        for name in ("batch_size", "crop_size", "repetitions"):
+            if getattr(arguments, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option}: expected 1 or more, found {getattr(arguments, name)}")
+        if arguments.crop_size % arguments.scale or arguments.crop_size < 32:
+            raise UserError(
+                f"--crop-size: expected a multiple of {arguments.scale}, 32 or more, found "
+                f"{arguments.crop_size}"
+            )
         result = measure_step(arguments)
     print(json.dumps(result))
 

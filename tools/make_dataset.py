@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    with exit_on_user_error():
+    with exit_on_user_error("The same command adds what is missing."):
         from sr_dist import dataset
 
         if arguments.source == "sample":

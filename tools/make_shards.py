@@ -36,10 +36,14 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         parser.add_argument("command", choices=("index", "verify"))
         parser.add_argument("shards", nargs="+", metavar="SHARDS")
         return parser.parse_args(words)
+    if words[:1] and not words[0].startswith("-"):
+        parser.error(f"unknown command {words[0]!r}; expected index, verify, or --images DIR|LIST")
     parser.add_argument(
         "--images", required=True, type=Path, metavar="DIR|LIST", help="a folder, or a path a line"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="a new folder for the shards"
+    )
     parser.add_argument(
         "--tile",
         type=int,
@@ -52,13 +56,27 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         default="webp",
         help="webp: lossless (default); jpeg: quality 95; keep: the original bytes, whole",
     )
-    parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="about")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: gray")
     parser.add_argument(
-        "--min-size", type=int, default=96, metavar="N", help="reject pictures with a shorter side"
+        "--samples-per-shard", type=int, default=1000, metavar="N", help="about (default 1000)"
+    )
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3), default=3, help="3: RGB (default), 1: gray"
+    )
+    parser.add_argument(
+        "--min-size",
+        type=int,
+        default=96,
+        metavar="N",
+        help="reject pictures with a shorter side (default 96)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the pictures")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one for each processor)",
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first rejected picture")
     return parser.parse_args(words)
 
@@ -70,7 +88,7 @@ def progress(items, what, total):  # type: ignore[no-untyped-def]
 def main() -> None:
     words = sys.argv[1:]
     arguments = parse_arguments(words)
-    with exit_on_user_error():
+    with exit_on_user_error("The same command goes on where it was."):
         if getattr(arguments, "command", "") == "index":
             index(arguments.shards)
         elif getattr(arguments, "command", "") == "verify":

@@ -22,12 +22,22 @@ def parse_arguments() -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--images", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--images", required=True, type=Path, metavar="DIR", help="a folder of pictures"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where the lists go (default: the same folder)"
     )
-    parser.add_argument("--val-fraction", type=float, default=0.1, metavar="F")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another division")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="about this share of new pictures becomes validation (default 0.1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="another division (default 0)"
+    )
     return parser.parse_args()
 
 
