@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers import succeed
+from tests.helpers import refuse, succeed
 
 
 def test_step_prints_one_json_object_last() -> None:
@@ -19,3 +19,9 @@ def test_step_prints_one_json_object_last() -> None:
         least, most = result["spread"][name]
         assert 0 < least <= result[name] <= most
     assert result["config"]["batch_size"] == 2 and result["versions"]["torch"]
+
+
+def test_impossible_sizes_are_refused() -> None:
+    command = ("tools/benchmark.py", "step")
+    assert "--repetitions: expected 1 or more" in refuse(*command, "--repetitions", 0)
+    assert "--crop-size: expected a multiple of 4" in refuse(*command, "--crop-size", 50)

@@ -71,6 +71,7 @@ def test_make_shards_refuses(tmp_path: Path, photographs: Path) -> None:
     assert not output.exists()
     assert "nowhere does not exist" in refuse("tools/make_shards.py", "index", tmp_path / "nowhere")
     assert "no tars in" in refuse("tools/make_shards.py", "index", tmp_path)
+    assert "unknown command 'indx'; expected index" in refuse("tools/make_shards.py", "indx", "x")
     assert "no shards at" in refuse("tools/make_shards.py", "verify", tmp_path)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -114,9 +115,19 @@ def test_identical_pictures_count_as_100_db(picture: images.Picture) -> None:
 def test_side_by_side_shows_all_panels(picture: images.Picture) -> None:
     pair = evaluate.Pair("p", np.ascontiguousarray(picture[::4, ::4]), picture)
     panels = evaluate.side_by_side(pair, {"bicubic": picture, "SR": 255 - picture})
-    assert panels.shape == (64 + 16, 4 * (80 + 4) - 4, 3)
-    assert np.array_equal(panels[16:, -80:], picture)
-    assert np.array_equal(panels[16:, 2 * 84 : 2 * 84 + 80], 255 - picture)
+    assert panels.shape == (64 + 20, 4 * (80 + 4) - 4, 3)
+    assert np.array_equal(panels[20:, -80:], picture)
+    assert np.array_equal(panels[20:, 2 * 84 : 2 * 84 + 80], 255 - picture)
+
+
+def test_middle_of_large_pictures(picture: images.Picture) -> None:
+    pair = evaluate.Pair("p", np.ascontiguousarray(picture[::4, ::4]), picture)
+    part, results = evaluate.middle(pair, {"SR": 255 - picture}, 40)
+    assert np.array_equal(part.hr, picture[12:52, 20:60])
+    assert np.array_equal(part.lr, pair.lr[3:13, 5:15])
+    assert np.array_equal(results["SR"], 255 - part.hr)
+    whole, _ = evaluate.middle(pair, {}, 512)
+    assert np.array_equal(whole.hr, picture)
 
 
 def test_names_of_files() -> None:
@@ -254,3 +265,12 @@ def test_the_authors_model(shared: Path, tmp_path: Path, name: str, psnr: float)
     )
     result = json.loads(done.stdout.splitlines()[-1])["results"][0]
     assert result["psnr"] == pytest.approx(psnr, abs=0.01)
+
+
+def test_pictures_of_an_earlier_evaluation_go(tmp_path: Path, picture: images.Picture) -> None:
+    pair = evaluate.Pair("a.png", np.ascontiguousarray(picture[::4, ::4]), picture)
+    for name in ("a.png", "b.png"):
+        writer = report.Writer(tmp_path, scale=4, protocol=metrics.protocol("y", 4))
+        writer.add(dataclasses.replace(pair, name=name), {"SR": picture})
+        writer.finish([evaluate.Row(name, "SR", 30.0, 0.9)])
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["b.png"]

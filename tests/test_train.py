@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -385,6 +389,28 @@ def test_command_with_the_original_options(recipe: Path, tmp_path: Path) -> None
     assert any(line.split()[:1] == ["bicubic"] for line in table)
     assert any(line.split()[:1] == ["SR"] for line in table)
     assert "pictures/s" in done.stderr and "data wait" in done.stderr and "left" in done.stderr
+
+
+def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
+    overrides = ["train.epochs=50", "loss.content.weight=0", "tracking.log_every_steps=1"]
+    with subprocess.Popen(
+        [*command, *overrides],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:  # until its second epoch: one checkpoint is there
+            if line.startswith("epoch 2/"):
+                break
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it, workers included
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in said
+    assert said.rstrip().endswith("stopped. The same command goes on from the last checkpoint.")
+    assert "going on from" in succeed("launch/train.py", "--config", recipe).stderr
 
 
 def test_command_refuses_in_one_message(recipe: Path) -> None:
