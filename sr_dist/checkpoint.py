@@ -187,22 +187,42 @@ def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         UserError: there is none, or its weights do not fit.
     """
-    if path.is_dir():
-        checkpoint = _checkpoint_in(path)
-        description = checkpoint.meta["generator"]
-        state = checkpoint.weights("ema" if checkpoint.has("ema") else "generator")
-    elif path.is_file():
-        state, description = _read_published(path)
-    else:
-        raise UserError(
-            f"{path} does not exist; expected a run's folder, a checkpoint's, or a .pth.tar file"
-        )
+    state, description = _read(path)
     try:
         generator = models.build_generator(**description)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} holds a model that this version does not know: {error}") from None
     weights.load(generator, state, str(path))
     return generator.eval(), description
+
+
+def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of the generator in `path`, which must be of the same `description`.
+
+    Raises:
+        UserError: there is none, or its architecture is another.
+    """
+    state, found = _read(path)
+    differing = [
+        f"{key} {found.get(key)} instead of {description[key]}"
+        for key in description
+        if found.get(key) != description[key]
+    ]
+    if differing:
+        raise UserError(f"{path} holds another generator: {', '.join(differing)}")
+    return state
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if path.is_dir():
+        checkpoint = _checkpoint_in(path)
+        held = "ema" if checkpoint.has("ema") else "generator"
+        return checkpoint.weights(held), checkpoint.meta["generator"]
+    if path.is_file():
+        return _read_published(path)
+    raise UserError(
+        f"{path} does not exist; expected a run's folder, a checkpoint's, or a .pth.tar file"
+    )
 
 
 def _checkpoint_in(path: Path) -> Checkpoint:

@@ -50,7 +50,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generator:
-    name: str = setting("swift_srgan", "architecture", choices=("swift_srgan",))
+    name: str = setting(
+        "swift_srgan",
+        "swift_srgan: depthwise-separable convolutions; srgan: SRResNet, with standard ones",
+        choices=("swift_srgan", "srgan"),
+    )
     num_channels: int = setting(64, "width of the hidden layers", minimum=1)
     num_blocks: int = setting(16, "residual blocks", minimum=1)
     norm: str = setting("batch", "normalisation of the blocks", choices=("batch", "none"))
@@ -63,11 +67,20 @@ class Generator:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Discriminator:
-    name: str = setting("swift_srgan", "architecture", choices=("swift_srgan",))
+    name: str = setting(
+        "swift_srgan",
+        "swift_srgan, srgan: a score a picture, from separable or standard convolutions; unet: "
+        "Real-ESRGAN's U-Net, a score a pixel",
+        choices=("swift_srgan", "srgan", "unet"),
+    )
     head: str = setting(
         "linear",
-        "linear: 6x6 pool and an 18.9 M weight layer, as published; gap: global average pool",
+        "linear: 6x6 pool and an 18.9 M weight layer, as published; gap: global average pool; the "
+        "unet has none",
         choices=("linear", "gap"),
+    )
+    spectral_norm: bool = setting(
+        False, "divide every layer's weights by their largest singular value; goes with unet"
     )
 
 
@@ -79,17 +92,29 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pixel:
-    kind: str = setting("mse", "distance between SR and HR pixels", choices=("mse", "l1"))
+    kind: str = setting(
+        "mse", "distance between SR and HR pixels", choices=("mse", "l1", "charbonnier")
+    )
     weight: float = setting(1.0, "weight in the generator's loss", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Content:
-    network: str = setting("mobilenet_v2", "feature network", choices=("mobilenet_v2",))
+    network: str = setting(
+        "mobilenet_v2",
+        "feature network: mobilenet_v2 as published, vgg19 as SRGAN",
+        choices=("mobilenet_v2", "vgg19"),
+    )
+    layers: tuple[str, ...] = setting(
+        (),
+        "whose maps are compared, averaged: 0 to 18 of mobilenet_v2, conv1_1 to conv5_4 (before "
+        "activation) of vgg19; none given: the last",
+    )
+    distance: str = setting("mse", "between feature maps", choices=("mse", "l1"))
     weights: str = setting(
         "auto",
-        "auto: torchvision's ImageNet weights (a 14 MB download); a file with a state dict; "
-        "none: random weights, for tests only",
+        "auto: torchvision's ImageNet weights (a download of 14 MB, or 548 MB for vgg19); a file "
+        "with a state dict; none: random weights, for tests only",
         path=True,
     )
     normalize: bool = setting(True, "normalise pictures as ImageNet ones; false: as published")
@@ -100,8 +125,18 @@ class Content:
 class Adversarial:
     kind: str = setting(
         "linear",
-        "linear: 1 - sigmoid(D), as published; bce: non-saturating cross-entropy",
-        choices=("linear", "bce"),
+        "linear: 1 - sigmoid(D), as published; bce: non-saturating cross-entropy, as SRGAN; "
+        "least_squares; hinge; relativistic_average, as ESRGAN",
+        choices=("linear", "bce", "least_squares", "hinge", "relativistic_average"),
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "what D's target for HR falls short of 1; for bce, least_squares, relativistic_average",
+        minimum=0,
+        below=1,
+    )
+    r1_weight: float = setting(
+        0.0, "weight of D's gradient penalty at HR (R1); doubles D's work", minimum=0
     )
     weight: float = setting(
         0.001, "weight in the generator's loss; 0 trains no discriminator", minimum=0
@@ -127,12 +162,16 @@ class AdamW:
     learning_rate: float = setting(1.0e-3, "peak learning rate", above=0)
     schedule: str = setting(
         "constant",
-        "constant, or cosine: falls to 0 at the end of the run; counted in images",
-        choices=("constant", "cosine"),
+        "constant; cosine: falls to 0 at the end of the run; multistep: times gamma at each "
+        "milestone",
+        choices=("constant", "cosine", "multistep"),
     )
+    milestones: tuple[int, ...] = setting((), "images seen, rising; for multistep", minimum=1)
+    gamma: float = setting(0.1, "factor at each milestone", above=0, below=1)
     beta1: float = setting(0.9, "decay of the gradient's mean", minimum=0, below=1)
     beta2: float = setting(0.999, "decay of the gradient's square", minimum=0, below=1)
     weight_decay: float = setting(0.01, "decoupled weight decay", minimum=0)
+    clip_norm: float | None = setting(None, "longest gradient; longer ones are cut", above=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +186,17 @@ class Train:
     global_batch_size: int = setting(16, "HR crops per step, all ranks together", minimum=1)
     warmup_images: int = setting(
         0, "crops seen under the pixel loss alone before the other losses join", minimum=0
+    )
+    ramp_images: int = setting(
+        0, "crops after the warm-up over which the adversarial weight rises from 0", minimum=0
+    )
+    accumulation_steps: int = setting(
+        1, "parts that each rank's share of a batch is computed in, to save memory", minimum=1
+    )
+    start_from: str | None = setting(
+        None,
+        "a run, checkpoint or .pth.tar whose generator a new run starts from",
+        path=True,
     )
     ema_half_life: float = setting(
         0,
@@ -233,7 +283,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load` reads back to an equal `Config`."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return settings.as_yaml(dataclasses.asdict(config))
 
 
 def _contradictions(config: Config) -> list[str]:
@@ -250,6 +300,30 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(
             f"data.crop_size: {config.data.crop_size} is too small for the discriminator; use 32 "
             "or more, or loss.adversarial.weight=0"
+        )
+    if config.loss.adversarial.label_smoothing and config.loss.adversarial.kind in (
+        "linear",
+        "hinge",
+    ):
+        problems.append(
+            f"loss.adversarial.label_smoothing: {config.loss.adversarial.kind} has no target that "
+            "could be smoothed"
+        )
+    for name in ("generator", "discriminator"):
+        adamw: AdamW = getattr(config.optimizer, name)
+        if (adamw.schedule == "multistep") != bool(adamw.milestones):
+            problems.append(
+                f"optimizer.{name}.milestones: multistep needs some, and only multistep has them"
+            )
+        if list(adamw.milestones) != sorted(set(adamw.milestones)):
+            problems.append(
+                f"optimizer.{name}.milestones: expected rising numbers, found "
+                f"{list(adamw.milestones)}"
+            )
+    if config.train.global_batch_size % config.train.accumulation_steps:
+        problems.append(
+            f"train.accumulation_steps: {config.train.accumulation_steps} does not divide "
+            f"train.global_batch_size ({config.train.global_batch_size})"
         )
     if not any(
         term.weight > 0

@@ -52,6 +52,25 @@ class Processes:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
+    def reduced(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
+        """For the forward and backward of one part of a batch: gradients are reduced if `now`."""
+        if now or self.world_size == 1:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(module)  # type: ignore[no-any-return]
+
+    def clip_gradients(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Shorten gradients to the `clip_norm` of the optimiser's group. Returns their length.
+
+        None where there is no such setting. Accelerate's own clipping would undo the loss scale of
+        every optimiser at once.
+        """
+        (group,) = optimizer.param_groups
+        if group.get("clip_norm") is None:
+            return None
+        if self.accelerator.scaler:
+            self.accelerator.scaler.unscale_(optimizer.optimizer)  # type: ignore[attr-defined]
+        return nn.utils.clip_grad_norm_(group["params"], group["clip_norm"])
+
     def scaler_state(self) -> dict[str, Any]:
         """The state of the gradient scaler; empty without fp16."""
         return dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _EMA_RAMP = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The generator's loss: terms and weights; a weight of 0 leaves the term out."""
+    """What both networks minimise: terms and weights; a weight of 0 leaves the term out."""
 
     pixel: str
     pixel_weight: float
@@ -32,14 +32,23 @@ class Objective:
     content_weight: float
     adversarial: str
     adversarial_weight: float
+    label_smoothing: float
+    r1_weight: float
     total_variation: str
     total_variation_weight: float
 
-    def pixel_only(self) -> Objective:
-        """The objective of the warm-up."""
-        return dataclasses.replace(
-            self, content_weight=0.0, adversarial_weight=0.0, total_variation_weight=0.0
-        )
+    def at(self, images_seen: int, *, warmup_images: int, ramp_images: int) -> Objective:
+        """The objective after so many images.
+
+        First the pixel loss alone; then all terms, the adversarial weight rising over
+        `ramp_images`.
+        """
+        if images_seen < warmup_images:
+            return dataclasses.replace(
+                self, content_weight=0.0, adversarial_weight=0.0, total_variation_weight=0.0
+            )
+        share = min(1.0, (images_seen - warmup_images + 1) / max(1, ramp_images))
+        return dataclasses.replace(self, adversarial_weight=share * self.adversarial_weight)
 
 
 def build_objective(
@@ -50,15 +59,19 @@ def build_objective(
     total_variation: Mapping[str, Any],
     device: torch.device,
 ) -> Objective:
-    """The objective from each term's `kind` and `weight`; for `content`, `weights` and `normalize`.
+    """The objective from the settings of each term, as `config.Loss` names them.
 
     Raises:
         UserError: the content network's weights cannot be had.
     """
     network = None
     if content["weight"]:
-        features = losses.mobilenet_v2_features(content["weights"])
-        network = losses.ContentLoss(features, normalize=content["normalize"])
+        features = losses.content_features(
+            content["network"], content["weights"], content["layers"]
+        )
+        network = losses.ContentLoss(
+            features, normalize=content["normalize"], distance=content["distance"]
+        )
         _to(network, device)
     return Objective(
         pixel=pixel["kind"],
@@ -67,6 +80,8 @@ def build_objective(
         content_weight=content["weight"],
         adversarial=adversarial["kind"],
         adversarial_weight=adversarial["weight"],
+        label_smoothing=adversarial["label_smoothing"],
+        r1_weight=adversarial["r1_weight"],
         total_variation=total_variation["kind"],
         total_variation_weight=total_variation["weight"],
     )
@@ -149,35 +164,25 @@ def training_step(
     lr: Tensor,
     hr: Tensor,
     *,
-    warming_up: bool,
     images_seen: int,
     images: int,
+    accumulation_steps: int = 1,
 ) -> Scalars:
     """Update everything once on `lr` (B, C, H, W) and `hr` (B, C, sH, sW), uint8 on any device.
 
-    `warming_up`: the pixel loss alone. `images_seen`: before this step; `images`: in it, over all
-    ranks.
+    The discriminator learns where the objective has an adversarial weight. `images_seen`: before
+    this step; `images`: in it, over all ranks. `accumulation_steps`: the batch is computed in so
+    many parts, all of the discriminator's before all of the generator's.
     """
     lr, hr = (_on_device(batch, processes.device) for batch in (lr, hr))
+    parts = list(zip(lr.chunk(accumulation_steps), hr.chunk(accumulation_steps), strict=True))
     scalars: Scalars = {}
-    sr = networks.wrapped_generator(lr)
-    if networks.wrapped_discriminator is not None and not warming_up:
-        scalars |= discriminator_step(
-            processes,
-            networks.wrapped_discriminator,
-            networks.optimizers["discriminator"],
-            sr,
-            hr,
-            objective.adversarial,
-        )
-    scalars |= generator_step(
-        processes,
-        networks.optimizers["generator"],
-        networks.discriminator,
-        sr,
-        hr,
-        objective.pixel_only() if warming_up else objective,
-    )
+    sr = None
+    if len(parts) == 1:
+        sr = networks.wrapped_generator(lr)  # the one forward that both steps use
+    if objective.adversarial_weight:
+        scalars |= discriminator_step(processes, networks, objective, parts, sr)
+    scalars |= generator_step(processes, networks, objective, parts, sr)
     if networks.half_life:
         update_average(
             networks.average,
@@ -191,43 +196,82 @@ def training_step(
 
 def discriminator_step(
     processes: Processes,
-    discriminator: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    sr: Tensor,
-    hr: Tensor,
-    kind: str,
+    networks: Networks,
+    objective: Objective,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    sr: Tensor | None,
 ) -> Scalars:
-    """Update the discriminator on `hr` and the detached `sr`, (B, C, sH, sW) float in [0, 1].
+    """Update the discriminator on `parts` of (LR, HR), float in [0, 1].
 
-    The two pass in separate batches, each with its own BatchNorm statistics, and are
-    back-propagated together.
+    HR and SR pass in separate batches, each with its own BatchNorm statistics, and are
+    back-propagated together. `sr`: the generator's output for the only part; None computes it.
     """
+    discriminator, optimizer = networks.wrapped_discriminator, networks.optimizers["discriminator"]
+    assert discriminator is not None
     optimizer.zero_grad(set_to_none=True)
-    real, fake = discriminator(hr), discriminator(sr.detach())
-    loss = losses.discriminator_adversarial(real, fake, kind)
-    processes.backward(loss)
+    found = []
+    for number, (lr, hr) in enumerate(parts):
+        with torch.no_grad():
+            fakes = networks.wrapped_generator(lr) if sr is None else sr.detach()
+        with processes.reduced(discriminator, number == len(parts) - 1):
+            hr = hr.detach().requires_grad_(bool(objective.r1_weight))
+            real, fake = discriminator(hr), discriminator(fakes)
+            terms = {
+                "discriminator": losses.discriminator_adversarial(
+                    real, fake, objective.adversarial, objective.label_smoothing
+                )
+            }
+            if objective.r1_weight:
+                terms["r1"] = objective.r1_weight * losses.gradient_penalty(real, hr)
+            processes.backward(torch.stack(list(terms.values())).sum() / len(parts))
+        scalars = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        scalars["score/hr"] = torch.sigmoid(real.detach()).mean()
+        scalars["score/sr"] = torch.sigmoid(fake.detach()).mean()
+        found.append(scalars)
+    length = processes.clip_gradients(optimizer)
     optimizer.step()
-    return {
-        "loss/discriminator": loss.detach(),
-        "score/hr": torch.sigmoid(real.detach()).mean(),
-        "score/sr": torch.sigmoid(fake.detach()).mean(),
-    }
+    return _means(found) | ({} if length is None else {"gradient/discriminator": length})
 
 
 def generator_step(
     processes: Processes,
-    optimizer: torch.optim.Optimizer,
+    networks: Networks,
+    objective: Objective,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    sr: Tensor | None,
+) -> Scalars:
+    """Update the generator on `parts` of (LR, HR), against the frozen discriminator.
+
+    `sr`: as for `discriminator_step`, with its graph.
+    """
+    generator, optimizer = networks.wrapped_generator, networks.optimizers["generator"]
+    optimizer.zero_grad(set_to_none=True)
+    found = []
+    for number, (lr, hr) in enumerate(parts):
+        with processes.reduced(generator, number == len(parts) - 1):
+            results = generator(lr) if sr is None else sr
+            terms = generator_terms(processes, networks.discriminator, objective, results, hr)
+            loss = torch.stack(list(terms.values())).sum()
+            processes.backward(loss / len(parts))
+        scalars = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        found.append({"loss/generator": loss.detach(), **scalars})
+    length = processes.clip_gradients(optimizer)
+    optimizer.step()
+    return _means(found) | ({} if length is None else {"gradient/generator": length})
+
+
+def generator_terms(
+    processes: Processes,
     discriminator: nn.Module | None,
+    objective: Objective,
     sr: Tensor,
     hr: Tensor,
-    objective: Objective,
 ) -> Scalars:
-    """Update the generator, whose output `sr` is, against the frozen discriminator.
+    """The weighted terms of the generator's loss for its output `sr` and `hr`, float in [0, 1].
 
     `discriminator`: the bare module, not DistributedDataParallel: its parameters get no gradient,
     so there is nothing to reduce.
     """
-    optimizer.zero_grad(set_to_none=True)
     terms: Scalars = {}
     if objective.pixel_weight:
         terms["pixel"] = objective.pixel_weight * losses.pixel_loss(objective.pixel)(sr, hr)
@@ -239,20 +283,25 @@ def generator_step(
         assert discriminator is not None
         discriminator.requires_grad_(False)
         with processes.autocast():
-            fake = discriminator(sr)
+            fake, real = discriminator(sr), None
+            if objective.adversarial == "relativistic_average":
+                real = discriminator(hr).detach().float()
         discriminator.requires_grad_(True)
         terms["adversarial"] = objective.adversarial_weight * losses.generator_adversarial(
-            fake.float(), objective.adversarial
+            fake.float(), objective.adversarial, real
         )
     if objective.total_variation_weight:
         terms["total_variation"] = objective.total_variation_weight * losses.total_variation(
             sr, objective.total_variation
         )
-    loss = torch.stack(list(terms.values())).sum()
-    processes.backward(loss)
-    optimizer.step()
-    scalars = {f"loss/{name}": term.detach() for name, term in terms.items()}
-    return {"loss/generator": loss.detach(), **scalars}
+    return terms
+
+
+def _means(parts: Sequence[Scalars]) -> Scalars:
+    """The mean of each scalar over the parts of a batch."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
 
 @torch.no_grad()
@@ -270,11 +319,19 @@ def update_average(
             mine.copy_(theirs)
 
 
-def learning_rate(peak: float, schedule: str, images_seen: int, total_images: int) -> float:
-    """`constant`, or `cosine`: half a period, from `peak` to 0 at `total_images`."""
-    if schedule == "constant":
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, images_seen / total_images)))
+def learning_rate(settings: Mapping[str, Any], images_seen: int, total_images: int) -> float:
+    """The learning rate after `images_seen`, from an optimiser's settings.
+
+    `constant`; `cosine`: half a period, from the peak to 0 at `total_images`; `multistep`: times
+    `gamma` at each of `milestones`.
+    """
+    peak: float = settings["learning_rate"]
+    if settings["schedule"] == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, images_seen / total_images)))
+    if settings["schedule"] == "multistep":
+        passed = sum(images_seen >= milestone for milestone in settings["milestones"])
+        return float(peak * settings["gamma"] ** passed)
+    return peak
 
 
 def apply_settings(
@@ -291,13 +348,12 @@ def apply_settings(
     rates = {}
     for name, optimizer in networks.optimizers.items():
         its = settings[name]
-        rates[name] = learning_rate(
-            its["learning_rate"], its["schedule"], images_seen, total_images
-        )
+        rates[name] = learning_rate(its, images_seen, total_images)
         for group in optimizer.param_groups:
             group["lr"] = rates[name]
             group["betas"] = (its["beta1"], its["beta2"])
             group["weight_decay"] = its["weight_decay"]
+            group["clip_norm"] = its["clip_norm"]  # for Processes.clip_gradients
     return rates
 
 

@@ -118,6 +118,16 @@ def _value(
     key: str, value: Any, annotation: Any, limits: Mapping[str, Any], problems: list[str]
 ) -> Any:
     """`value` coerced to `annotation`, checked against `limits`."""
+    if typing.get_origin(annotation) is tuple:
+        (kind, *more) = typing.get_args(annotation)
+        length = None if more == [...] else 1 + len(more)
+        if not isinstance(value, list) or length not in (None, len(value)):
+            expected_list = "a list" if length is None else f"a list of {length} values"
+            problems.append(f"{key}: expected {expected_list}, as in [a, b], found {value!r}")
+            return value
+        if kind is str:  # names may be numbers
+            value = [str(item) if type(item) is int else item for item in value]
+        return tuple(_value(key, item, kind, limits, problems) for item in value)
     kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     if value is None and types.NoneType in kinds:
         return None
@@ -173,6 +183,19 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples as lists."""
+
+
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
+
+
+def as_yaml(values: Any) -> str:
+    """Settings as YAML, in the order they have."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
 def describe(kind: type) -> str:
     """Every setting of dataclass `kind` as a Markdown table."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
@@ -188,7 +211,7 @@ def _rows(kind: type, prefix: str) -> Iterator[str]:
             yield from _rows(typing.cast(type, annotation), f"{key}.")
             continue
         required = field.default is dataclasses.MISSING
-        default = "" if required else yaml.safe_dump(field.default).split("\n")[0]
+        default = "" if required else as_yaml(field.default).split("\n")[0]
         limits = {name: field.metadata[name] for name in ("minimum", "maximum", "above", "below")}
         words = [f"{name} {limit}" for name, limit in limits.items() if limit is not None]
         meaning = field.metadata["meaning"]
@@ -201,6 +224,10 @@ def _rows(kind: type, prefix: str) -> Iterator[str]:
 
 
 def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is tuple:
+        kind, *more = typing.get_args(annotation)
+        number = "" if more == [...] else f"{1 + len(more)} "
+        return f"{number}{_type_name(kind)}s"
     names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
     kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     return " or ".join("null" if kind is types.NoneType else names[kind] for kind in kinds)

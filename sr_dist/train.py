@@ -62,11 +62,15 @@ def _run(config: Config, processes: Processes) -> Result:
     folder = Path(config.run.output_dir) / config.run.name
 
     # Everything that can be wrong is looked at before anything is written.
-    if batch_size % processes.world_size:
+    parts = processes.world_size * config.train.accumulation_steps
+    if batch_size % parts:
         raise UserError(
             f"train.global_batch_size {batch_size} does not divide among {processes.world_size} "
-            "processes; choose a multiple of their number"
+            f"processes in {config.train.accumulation_steps} part(s) each; choose a multiple of "
+            f"{parts}"
         )
+    if config.loss.adversarial.r1_weight and processes.mixed_precision == "fp16":
+        raise UserError("loss.adversarial.r1_weight loses its gradient in fp16; use bf16 or no")
     index = shards.read_index(data.train)
     if index.channels < data.channels:
         raise UserError(f"{data.train} holds gray pictures, but data.channels is {data.channels}")
@@ -83,6 +87,9 @@ def _run(config: Config, processes: Processes) -> Result:
         )
     identity = _identity(config, index, plan)
     start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
+    first_weights = None
+    if start is None and config.train.start_from is not None:
+        first_weights = checkpoint.load_state(Path(config.train.start_from), identity["generator"])
     values_of = dataclasses.asdict(config)
     networks = gan.build_networks(
         processes,
@@ -98,6 +105,9 @@ def _run(config: Config, processes: Processes) -> Result:
     steps_per_epoch = plan.steps_per_epoch
     total_steps = steps_per_epoch * config.train.epochs
     epoch_means = tracking.EpochMeans(processes.device)
+    if first_weights is not None:
+        for module in (networks.generator, networks.average):
+            weights.load(module, first_weights, str(config.train.start_from))
     if start is not None:
         first_step = start.step
         _restore(start, processes, networks, epoch_means)
@@ -136,6 +146,8 @@ def _run(config: Config, processes: Processes) -> Result:
             batch_size,
             validation_pictures,
         )
+        if first_weights is not None:
+            log.info("starting from the generator of %s", config.train.start_from)
         if start is not None:
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
             for change in changes:
@@ -171,12 +183,16 @@ def _run(config: Config, processes: Processes) -> Result:
         scalars = gan.training_step(
             processes,
             networks,
-            objective,
+            objective.at(
+                images_seen,
+                warmup_images=config.train.warmup_images,
+                ramp_images=config.train.ramp_images,
+            ),
             lr,
             hr,
-            warming_up=images_seen < config.train.warmup_images,
             images_seen=images_seen,
             images=batch_size,
+            accumulation_steps=config.train.accumulation_steps,
         )
         epoch_means.add(scalars)
         progress.advance(batch_size, waited)
@@ -237,7 +253,7 @@ def _changes(path: Path, config: Config) -> list[str]:
     earlier = settings.flatten(before if isinstance(before, dict) else {})
     return [
         f"{key} was {earlier[key]}, is {value}"
-        for key, value in settings.flatten(dataclasses.asdict(config)).items()
+        for key, value in settings.flatten(yaml.safe_load(to_yaml(config))).items()
         if key in earlier and earlier[key] != value
     ]
 

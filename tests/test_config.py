@@ -48,7 +48,7 @@ def test_all_problems_come_at_once_each_with_its_key(tmp_path: Path) -> None:
         "data.scle: unknown key; did you mean data.scale?",
         "data.validation: missing",
         "data.crop_size: expected a whole number, found 'big'",
-        "loss.pixel.kind: expected one of mse, l1, found 'mes'; did you mean mse?",
+        "loss.pixel.kind: expected one of mse, l1, charbonnier, found 'mes'; did you mean mse?",
         "optimizer.generator.learning_rate: expected more than 0, found -1",
         "train.epochs: expected at least 1, found 0 (command line)",
         "'nonsense': expected section.key=value",

@@ -9,22 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sr_dist import distributed, gan, losses, models
+from sr_dist import config, distributed, gan, losses, models
 from sr_dist.distributed import Processes
 
-ADAMW = {
-    "learning_rate": 1e-3,
-    "schedule": "constant",
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "weight_decay": 0.01,
-}
-OFF = {
-    "pixel": {"kind": "mse", "weight": 0.0},
-    "content": {"weights": "none", "normalize": True, "weight": 0.0},
-    "adversarial": {"kind": "linear", "weight": 0.0},
-    "total_variation": {"kind": "l1", "weight": 0.0},
-}
+ADAMW = dataclasses.asdict(config.AdamW())
+LOSS = dataclasses.asdict(config.Loss())
+OFF = {name: {**settings, "weight": 0.0} for name, settings in LOSS.items()}
+OFF["content"]["weights"] = "none"
+KINDS = ("linear", "bce", "least_squares", "hinge", "relativistic_average")
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +25,27 @@ def processes() -> Iterator[Processes]:
         yield joined
 
 
-def build(processes: Processes, half_life: float = 0, global_skip: str = "none") -> gan.Networks:
+def build(
+    processes: Processes,
+    half_life: float = 0,
+    global_skip: str = "none",
+    name: str = "swift_srgan",
+    discriminator: str = "swift_srgan",
+    norm: str = "batch",
+) -> gan.Networks:
     torch.manual_seed(0)
     return gan.build_networks(
         processes,
         generator={
-            "name": "swift_srgan",
+            "name": name,
+            "norm": norm,
             "scale": 4,
             "channels": 3,
             "num_channels": 8,
             "num_blocks": 2,
             "global_skip": global_skip,
         },
-        discriminator={"name": "swift_srgan", "channels": 3, "head": "gap"},
+        discriminator={"name": discriminator, "channels": 3, "head": "gap"},
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=half_life,
     )
@@ -67,60 +67,133 @@ def grads(module: nn.Module) -> list[Tensor]:
     return [p.grad for p in module.parameters() if p.grad is not None]
 
 
+def parts(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(batch[0].float() / 255, batch[1].float() / 255)]
+
+
+@pytest.mark.parametrize("generator", ["swift_srgan", "srgan"])
 @pytest.mark.parametrize(
     "term",
     [
         {"pixel": {"kind": "mse", "weight": 1.0}},
         {"pixel": {"kind": "l1", "weight": 1.0}},
+        {"pixel": {"kind": "charbonnier", "weight": 1.0}},
         {"content": {"weight": 1.0}},
-        {"adversarial": {"kind": "linear", "weight": 1.0}},
-        {"adversarial": {"kind": "bce", "weight": 1.0}},
+        {"content": {"weight": 1.0, "network": "vgg19", "layers": ("conv2_2",)}},
+        *({"adversarial": {"kind": kind, "weight": 1.0}} for kind in KINDS),
         {"total_variation": {"kind": "l1", "weight": 1.0}},
         {"total_variation": {"kind": "l2", "weight": 1.0}},
     ],
-    ids=lambda term: "-".join([*term, *(str(v.get("kind", "")) for v in term.values())]),
+    ids=lambda term: "-".join(
+        [*term, *(str(v.get("kind", v.get("network", ""))) for v in term.values())]
+    ),
 )
 def test_each_term_alone_reaches_the_first_layer(
-    processes: Processes, batch: tuple[Tensor, Tensor], term: dict[str, dict[str, Any]]
+    processes: Processes,
+    batch: tuple[Tensor, Tensor],
+    term: dict[str, dict[str, Any]],
+    generator: str,
 ) -> None:
-    networks = build(processes)
-    sr = networks.generator(batch[0].float() / 255)
+    networks = build(processes, name=generator)
     scalars = gan.generator_step(
-        processes,
-        networks.optimizers["generator"],
-        networks.discriminator,
-        sr,
-        batch[1].float() / 255,
-        objective(processes, **term),
+        processes, networks, objective(processes, **term), parts(batch), None
     )
-    first = networks.generator.initial.cnn.depthwise.weight.grad  # type: ignore[union-attr]
+    first = next(networks.generator.parameters()).grad
     assert isinstance(first, Tensor) and first.abs().sum() > 0
     assert set(scalars) == {"loss/generator", f"loss/{next(iter(term))}"}
     assert networks.discriminator is not None and not grads(networks.discriminator)
     assert all(p.requires_grad for p in networks.discriminator.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("discriminator", ["swift_srgan", "srgan", "unet"])
 def test_discriminator_step_touches_the_discriminator_alone_and_learns(
-    processes: Processes, batch: tuple[Tensor, Tensor]
+    processes: Processes, batch: tuple[Tensor, Tensor], kind: str, discriminator: str
 ) -> None:
-    networks = build(processes)
-    assert networks.discriminator is not None
+    networks = build(processes, discriminator=discriminator)
     before = copy.deepcopy(networks.generator.state_dict())
-    hr = batch[1].float() / 255
-    with torch.enable_grad():
-        sr = networks.generator(batch[0].float() / 255)
+    goal = objective(processes, adversarial={"kind": kind, "weight": 1.0})
+    ((lr, _),) = parts(batch)
+    sr = networks.generator(lr)
+    # The U-Net, which has no BatchNorm, needs a lower learning rate and more steps.
+    steps, rate = (16, 2e-4) if discriminator == "unet" else (12, 1e-3)
+    settings = {name: {**ADAMW, "learning_rate": rate} for name in networks.optimizers}
+    gan.apply_settings(networks, settings, 0, 1)
     values = [
-        gan.discriminator_step(
-            processes, networks.discriminator, networks.optimizers["discriminator"], sr, hr, "bce"
-        )
-        for _ in range(15)
+        gan.discriminator_step(processes, networks, goal, parts(batch), sr) for _ in range(steps)
     ]
     assert not grads(networks.generator)
     for name, value in networks.generator.state_dict().items():
         if "running" not in name and "num_batches" not in name:
             assert torch.equal(value, before[name])
-    assert values[-1]["loss/discriminator"] < 0.5 * values[0]["loss/discriminator"]
-    assert values[-1]["score/hr"] > 0.7 > 0.3 > values[-1]["score/sr"]
+    first, last = values[0], values[-1]
+    assert last["loss/discriminator"] < first["loss/discriminator"] - 0.05
+    assert last["score/hr"] - last["score/sr"] > first["score/hr"] - first["score/sr"]
+
+
+def test_gradient_penalty_by_hand_and_in_the_step(
+    processes: Processes, batch: tuple[Tensor, Tensor]
+) -> None:
+    hr = torch.rand(2, 3, 4, 4, requires_grad=True)
+    weights = torch.rand(3, 4, 4)
+    logits = (hr * weights).sum((1, 2, 3)).unsqueeze(1)  # its gradient at HR is `weights`
+    penalty = losses.gradient_penalty(logits, hr)
+    assert penalty.item() == pytest.approx(float(weights.square().sum()) / 2, rel=1e-5)
+    networks = build(processes, discriminator="unet")
+    goal = objective(processes, adversarial={"kind": "bce", "weight": 1.0, "r1_weight": 10.0})
+    scalars = gan.training_step(processes, networks, goal, *batch, images_seen=0, images=4)
+    assert scalars["loss/r1"] > 0
+    assert all(torch.isfinite(g).all() for g in grads(networks.discriminator))  # type: ignore
+
+
+@pytest.mark.parametrize("accumulation_steps", [2, 4])
+def test_parts_of_a_batch_add_up_to_it(
+    processes: Processes, batch: tuple[Tensor, Tensor], accumulation_steps: int
+) -> None:
+    """Without BatchNorm (the U-Net has none), to float tolerance; several steps."""
+    goal = objective(
+        processes,
+        pixel={"weight": 1.0},
+        content={"weight": 0.1},
+        adversarial={"kind": "bce", "weight": 0.1},
+    )
+    states, found = [], []
+    for steps in (1, accumulation_steps):
+        networks = build(processes, discriminator="unet", norm="none")
+        settings = {name: {**ADAMW, "learning_rate": 1e-4} for name in networks.optimizers}
+        gan.apply_settings(networks, settings, 0, 1)
+        for _ in range(3):
+            scalars = gan.training_step(
+                *(processes, networks, goal, *batch),
+                images_seen=0,
+                images=4,
+                accumulation_steps=steps,
+            )
+        states.append([m.state_dict() for m in (networks.generator, networks.discriminator)])  # type: ignore
+        found.append(scalars)
+    for name, value in found[0].items():
+        assert float(found[1][name]) == pytest.approx(float(value), rel=1e-3), name
+    for one, other in zip(*states, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=2e-6, msg=name)
+
+
+def test_gradients_are_cut_to_the_set_length(
+    processes: Processes, batch: tuple[Tensor, Tensor]
+) -> None:
+    networks = build(processes)
+    settings = {name: {**ADAMW, "clip_norm": 1e-3} for name in networks.optimizers}
+    gan.apply_settings(networks, settings, 0, 1)
+    goal = objective(processes, pixel={"weight": 1.0}, adversarial={"weight": 1.0})
+    scalars = gan.training_step(processes, networks, goal, *batch, images_seen=0, images=4)
+    for module, name in (
+        (networks.generator, "generator"),
+        (networks.discriminator, "discriminator"),
+    ):
+        assert module is not None
+        length = torch.stack([g.norm() for g in grads(module)]).norm()
+        assert float(length) == pytest.approx(1e-3, rel=1e-3)
+        assert scalars[f"gradient/{name}"] > 1e-3, "the length before"
 
 
 def test_training_step_is_the_plain_mathematics(
@@ -137,7 +210,7 @@ def test_training_step_is_the_plain_mathematics(
         adversarial={"weight": 0.5},
         total_variation={"weight": 0.1},
     )
-    gan.training_step(processes, networks, goal, *batch, warming_up=False, images_seen=0, images=4)
+    gan.training_step(processes, networks, goal, *batch, images_seen=0, images=4)
 
     lr, hr = (part.float() / 255 for part in batch)
     trained = [p for p in generator.parameters() if p.requires_grad]
@@ -166,13 +239,17 @@ def test_warming_up_is_the_pixel_loss_alone(
     networks = build(processes)
     assert networks.discriminator is not None
     before = copy.deepcopy(networks.discriminator.state_dict())
-    goal = objective(processes, pixel={"weight": 1.0}, adversarial={"weight": 1.0})
-    scalars = gan.training_step(
-        processes, networks, goal, *batch, warming_up=True, images_seen=0, images=4
-    )
+    whole = objective(processes, pixel={"weight": 1.0}, adversarial={"weight": 0.5})
+    goal = whole.at(7, warmup_images=8, ramp_images=10)
+    scalars = gan.training_step(processes, networks, goal, *batch, images_seen=0, images=4)
     assert set(scalars) == {"loss/generator", "loss/pixel"}
     after = networks.discriminator.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
+    weights = [
+        whole.at(n, warmup_images=8, ramp_images=10).adversarial_weight for n in range(7, 20)
+    ]
+    assert weights == pytest.approx([0, *(0.05 * n for n in range(1, 11)), 0.5, 0.5])
+    assert whole.at(0, warmup_images=0, ramp_images=0) == whole
 
 
 def test_average_moves_half_way_in_a_half_life(processes: Processes) -> None:
@@ -217,9 +294,13 @@ def test_without_average_the_generator_itself_is_evaluated(processes: Processes)
 
 
 def test_learning_rate_counts_images() -> None:
-    assert gan.learning_rate(1e-3, "constant", 10**9, 100) == 1e-3
-    values = [gan.learning_rate(1e-3, "cosine", seen, 100) for seen in (0, 50, 100, 200)]
+    assert gan.learning_rate(ADAMW, 10**9, 100) == 1e-3
+    cosine = {**ADAMW, "schedule": "cosine"}
+    values = [gan.learning_rate(cosine, seen, 100) for seen in (0, 50, 100, 200)]
     assert values == pytest.approx([1e-3, 5e-4, 0, 0])
+    steps = {**ADAMW, "schedule": "multistep", "milestones": (10, 30), "gamma": 0.5}
+    values = [gan.learning_rate(steps, seen, 100) for seen in (0, 9, 10, 29, 30, 99)]
+    assert values == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4, 2.5e-4])
 
 
 def test_settings_reach_the_optimisers_also_after_a_restart(processes: Processes) -> None:
@@ -248,10 +329,10 @@ class Watching(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
         self.seen: list[torch.dtype] = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         out: Tensor = self.conv(x)
         self.seen.append(out.dtype)
-        return out
+        return [out]
 
 
 def test_content_network_computes_under_autocast_and_its_distance_in_float32(
@@ -263,13 +344,10 @@ def test_content_network_computes_under_autocast_and_its_distance_in_float32(
     networks, watching = build(processes), Watching()
     goal = dataclasses.replace(
         objective(processes),
-        content=losses.ContentLoss(watching, normalize=False),
+        content=losses.ContentLoss(watching, normalize=False, distance="mse"),
         content_weight=1.0,
     )
-    sr = networks.generator(batch[0].float() / 255)
-    scalars = gan.generator_step(
-        processes, networks.optimizers["generator"], None, sr, batch[1].float() / 255, goal
-    )
+    scalars = gan.generator_step(processes, networks, goal, parts(batch), None)
     assert watching.seen == [torch.bfloat16] * 2
     assert scalars["loss/content"].dtype == torch.float32
 

@@ -189,13 +189,17 @@ def test_schedule_warm_up_and_waiting_as_tensorboard_shows_them(
     )
     points = scalars(result.folder)
     rates = [value for _, value in points["learning_rate/generator"]]
+    settings = {"learning_rate": 1e-3, "schedule": "cosine"}
     assert rates == pytest.approx(
-        [gan.learning_rate(1e-3, "cosine", 8 * step, 8 * 36) for step in range(36)], rel=1e-5
+        [gan.learning_rate(settings, 8 * step, 8 * 36) for step in range(36)], rel=1e-5
     )
     rates = [value for _, value in points["learning_rate/discriminator"]]
     assert rates == pytest.approx([1e-3] * len(rates), rel=1e-5)
     assert [step for step, _ in points["loss/adversarial"]] == list(range(19, 37))
-    assert all(0.3 < value <= 1 for _, value in points["speed/data_wait_share"])
+    for (_, share), (_, speed) in zip(
+        points["speed/data_wait_share"], points["speed/pictures_per_second"], strict=True
+    ):
+        assert 0.05 < share * 8 / speed < 1, "seconds waited in a step"
 
 
 @pytest.mark.parametrize("colour", ["y", "rgb"])

@@ -2,6 +2,7 @@
 """Measure sr_dist against the plain way of doing the same; the last line is one JSON object."""
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -14,7 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from sr_dist import gan, losses, models
+from sr_dist import config, gan, losses, models
 from sr_dist.distributed import Processes, joined
 from sr_dist.errors import UserError, exit_on_user_error
 
@@ -28,13 +29,13 @@ the generator's graph, discriminator gradients in the generator's step, AdamW as
 loss read back in every step. Ours and the reference take turns; medians are reported.
 """
 
-ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01}
-LOSSES = {
-    "pixel": {"kind": "mse", "weight": 1.0},
-    "content": {"weights": "none", "normalize": False, "weight": 0.006},
-    "adversarial": {"kind": "linear", "weight": 0.001},
-    "total_variation": {"kind": "l2", "weight": 2e-8},
-}
+ADAMW = dataclasses.asdict(config.AdamW())
+LOSSES = dataclasses.asdict(
+    config.Loss(
+        content=config.Content(weights="none", normalize=False),
+        total_variation=config.TotalVariation(kind="l2"),
+    )
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,7 +70,7 @@ def our_step(processes: Processes, scale: int) -> Callable[[Tensor, Tensor], obj
 
     def step(lr: Tensor, hr: Tensor) -> object:
         return gan.training_step(
-            processes, networks, objective, lr, hr, warming_up=False, images_seen=0, images=len(lr)
+            processes, networks, objective, lr, hr, images_seen=0, images=len(lr)
         )
 
     return step

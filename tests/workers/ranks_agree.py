@@ -1,12 +1,13 @@
 """Trains three steps on other data on each rank; rank 0 prints what then differs between ranks."""
 
+import dataclasses
 import json
 
 import torch
 
-from sr_dist import distributed, gan
+from sr_dist import config, distributed, gan
 
-ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01}
+ADAMW = dataclasses.asdict(config.AdamW())
 
 
 def differing(networks: gan.Networks, kind: str) -> list[str]:
@@ -35,20 +36,17 @@ def main(processes: distributed.Processes) -> None:
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=10,
     )
-    objective = gan.build_objective(
-        pixel={"kind": "l1", "weight": 1.0},
-        content={"weights": "none", "normalize": True, "weight": 0.006},
-        adversarial={"kind": "bce", "weight": 0.1},
-        total_variation={"kind": "l1", "weight": 1e-3},
-        device=processes.device,
+    loss = config.Loss(
+        content=config.Content(weights="none"),
+        adversarial=config.Adversarial(kind="bce", weight=0.1),
+        total_variation=config.TotalVariation(weight=1e-3),
     )
+    objective = gan.build_objective(**dataclasses.asdict(loss), device=processes.device)
     random = torch.Generator().manual_seed(processes.rank)
     for step in range(3):
         hr = torch.randint(256, (2, 3, 32, 32), generator=random, dtype=torch.uint8)
         lr = torch.randint(256, (2, 3, 8, 8), generator=random, dtype=torch.uint8)
-        gan.training_step(
-            processes, networks, objective, lr, hr, warming_up=False, images_seen=4 * step, images=4
-        )
+        gan.training_step(processes, networks, objective, lr, hr, images_seen=4 * step, images=4)
 
     found = {
         "world_size": torch.distributed.get_world_size(),
