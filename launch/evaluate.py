@@ -53,6 +53,19 @@ def parse_arguments() -> argparse.Namespace:
         "--protocol", choices=("y", "rgb"), default="y", help="luma (default) or rgb"
     )
     parser.add_argument(
+        "--bits",
+        type=int,
+        default=16,
+        metavar="N",
+        help="significant bits of 16-bit gray pictures (default 16)",
+    )
+    parser.add_argument(
+        "--lpips",
+        type=Path,
+        metavar="FILE",
+        help="measure LPIPS too; FILE: weights of torchvision's squeezenet1_1",
+    )
+    parser.add_argument(
         "--tile", type=int, default=256, metavar="N", help="side of the LR tiles (default 256)"
     )
     parser.add_argument(
@@ -68,13 +81,15 @@ def main() -> None:
         import torch
         from tqdm import tqdm
 
-        from sr_dist import checkpoint, evaluate, metrics, report
+        from sr_dist import checkpoint, evaluate, lpips, metrics, report
 
         scale = arguments.scale
         if not arguments.method and not arguments.checkpoint:
             raise UserError("nothing to measure; give --checkpoint FILE_OR_RUN or --method bicubic")
         if scale < 2:
             raise UserError(f"--scale: expected 2 or more, found {scale}")
+        if not 9 <= arguments.bits <= 16:
+            raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
         if arguments.tile < 16:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
         upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
@@ -100,21 +115,25 @@ def main() -> None:
             "scale": scale,
             "channels": next(iter(channels.values()), 3),
             "lr_folder": arguments.lr,
+            "bits": arguments.bits,
         }
+        distance = lpips.build(arguments.lpips, device) if arguments.lpips else None
         total = evaluate.check(**data)
         pairs = evaluate.read_pairs(**data)
-        protocol = metrics.protocol(arguments.protocol, scale)
+        protocol = metrics.protocol(arguments.protocol, scale, lpips=distance is not None)
         writer = report.Writer(arguments.output, scale=scale, protocol=protocol)
         rows = evaluate.evaluate(
             upscalers,
             tqdm(pairs, total=total, unit="picture", disable=None),
             colour=arguments.protocol,
             border=scale,
+            lpips=distance,
             look=writer.add,
         )
         summary = writer.finish(rows)
         for mean in evaluate.averages(rows):
-            print(f"{mean.upscaler:20} PSNR {mean.psnr:7.3f} dB   SSIM {mean.ssim:.4f}")
+            perceived = "" if mean.lpips is None else f"   LPIPS {mean.lpips:.4f}"
+            print(f"{mean.upscaler:20} PSNR {mean.psnr:7.3f} dB   SSIM {mean.ssim:.4f}{perceived}")
         print(json.dumps(summary))
 
 

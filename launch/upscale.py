@@ -44,6 +44,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="side of the tiles that bound the memory, pixels of the input (default 256)",
     )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        default=16,
+        metavar="N",
+        help="significant bits of 16-bit gray pictures (default 16)",
+    )
     return parser.parse_args()
 
 
@@ -56,6 +63,8 @@ def main() -> None:
 
         from sr_dist import checkpoint, dataset, images, upscale
 
+        if not 9 <= arguments.bits <= 16:
+            raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
         if arguments.tile < 16:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
         pictures = dataset.find_pictures(arguments.input)
@@ -78,6 +87,7 @@ def main() -> None:
                     scale=description["scale"],
                     channels=description["channels"],
                     tile=arguments.tile,
+                    bits=arguments.bits,
                 )
             except images.PictureError as error:
                 rejects.append(f"{path} {error}")

@@ -32,6 +32,19 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Degradation:
+    blur_sigma: tuple[float, float] = setting(
+        (0.0, 0.0), "Gaussian blur before downscaling: range of its sigma, HR pixels", minimum=0
+    )
+    noise_sigma: tuple[float, float] = setting(
+        (0.0, 0.0), "Gaussian noise after downscaling: range of its sigma, levels of 255", minimum=0
+    )
+    jpeg_quality: tuple[int, int] = setting(
+        (100, 100), "JPEG at the end: range of its quality; 100 is none", minimum=1, maximum=100
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     train: str = setting(
         REQUIRED, "training shards: a folder with index.json, or an index.json", path=True
@@ -41,8 +54,10 @@ class Data:
     )
     scale: int = setting(4, "enlargement of height and width", choices=(2, 4, 8))
     channels: int = setting(3, "3: RGB, 1: gray", choices=(1, 3))
+    bits: int = setting(16, "significant bits of 16-bit gray pictures", minimum=9, maximum=16)
     crop_size: int = setting(96, "side of the HR training crop, pixels", minimum=16)
     crops_per_image: int = setting(4, "crops taken from one decoded tile per epoch", minimum=1)
+    degradation: Degradation = dataclasses.field(default_factory=Degradation)
     num_workers: int = setting(
         2, "loader processes per rank; 0 loads in the rank itself", minimum=0
     )
@@ -215,6 +230,9 @@ class Evaluation:
     every_epochs: int = setting(1, "evaluate after every so many epochs, and the last", minimum=1)
     protocol: str = setting("y", "y: luma; rgb: all channels", choices=("y", "rgb"))
     tile: int = setting(256, "side of the LR tiles that bound memory, pixels", minimum=16)
+    lpips: str | None = setting(
+        None, "weights of torchvision's squeezenet1_1, a file: measure LPIPS too", path=True
+    )
     samples: int = setting(4, "pictures kept of each evaluation", minimum=0)
 
 
@@ -296,6 +314,11 @@ def _contradictions(config: Config) -> list[str]:
             f"data.crop_size: {config.data.crop_size} is not a multiple of data.scale "
             f"({config.data.scale})"
         )
+    for name, (low, high) in dataclasses.asdict(config.data.degradation).items():
+        if low > high:
+            problems.append(
+                f"data.degradation.{name}: expected the lower end first, found [{low}, {high}]"
+            )
     if config.loss.adversarial.weight > 0 and config.data.crop_size < 32:
         problems.append(
             f"data.crop_size: {config.data.crop_size} is too small for the discriminator; use 32 "

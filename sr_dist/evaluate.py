@@ -1,10 +1,11 @@
-"""Measure upscalers (models or classical methods) on pictures: PSNR and SSIM of each, averaged."""
+"""Measure upscalers (models or classical methods) on pictures: metrics of each, averaged."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from sr_dist import images, metrics, shards, upscale
 from sr_dist.errors import UserError
 
+Distance = Callable[[images.Picture, images.Picture], float]
 Upscaler = Callable[[images.Picture], images.Picture]  # (H, W, C) → (scale·H, scale·W, C)
 
 _IDENTICAL = 100.0  # dB, in place of infinity, so that averages and JSON stay numbers
@@ -36,6 +38,7 @@ class Row:
     upscaler: str
     psnr: float  # dB
     ssim: float
+    lpips: float | None = None  # where it was asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +48,18 @@ class Mean:
     upscaler: str
     psnr: float
     ssim: float
+    lpips: float | None = None
 
 
 def read_pairs(
-    data: str, *, scale: int, channels: int, lr_folder: Path | None = None
+    data: str, *, scale: int, channels: int, lr_folder: Path | None = None, bits: int = 16
 ) -> Iterator[Pair]:
     """The HR pictures of `data`, each with its LR: one at a time, in the order of their names.
 
     `data`: a folder of pictures, a text file that lists some, one picture, or shards. HR is cut to
     a multiple of `scale` and LR made from it, unless `lr_folder` holds it (`NAME.*`, `NAMEx4.*` or
-    `NAME_x4.*`, in the same folder below it); HR is then cut to `scale` times LR.
+    `NAME_x4.*`, in the same folder below it); HR is then cut to `scale` times LR. `bits`:
+    significant ones of 16-bit gray pictures, which are measured as 8-bit ones.
 
     Raises:
         UserError: nothing is there, a picture cannot be used, or an LR does not fit its HR.
@@ -63,7 +68,7 @@ def read_pairs(
     given = _by_place(lr_folder) if lr_folder is not None else {}
     for name, source in _sources(data):
         try:
-            hr = images.decode(source, channels)
+            hr = images.decode_8_bits(source, channels, bits)
         except images.PictureError as error:
             raise UserError(f"{data}: {name} {error}") from None
         if lr_folder is None:
@@ -71,7 +76,7 @@ def read_pairs(
         else:
             path = _find_lr(given, lr_folder, name, scale)
             try:
-                lr = images.decode(path, channels)
+                lr = images.decode_8_bits(path, channels, bits)
             except images.PictureError as error:
                 raise UserError(f"{path} {error}") from None
             height, width = scale * lr.shape[0], scale * lr.shape[1]
@@ -92,13 +97,15 @@ def read_pairs(
         yield Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr))
 
 
-def check(data: str, *, scale: int, channels: int, lr_folder: Path | None = None) -> int:
+def check(
+    data: str, *, scale: int, channels: int, lr_folder: Path | None = None, bits: int = 16
+) -> int:
     """Read all that `read_pairs` will read. Returns the number of pairs.
 
     Raises:
         UserError: as `read_pairs`.
     """
-    pairs = read_pairs(data, scale=scale, channels=channels, lr_folder=lr_folder)
+    pairs = read_pairs(data, scale=scale, channels=channels, lr_folder=lr_folder, bits=bits)
     return sum(1 for _ in pairs)
 
 
@@ -108,15 +115,20 @@ def evaluate(
     *,
     colour: str,
     border: int,
+    lpips: Distance | None = None,
     look: Callable[[Pair, Mapping[str, images.Picture]], None] = lambda pair, results: None,
 ) -> list[Row]:
-    """PSNR and SSIM of every upscaler on every pair; `look` is shown each pair and its results."""
+    """PSNR, SSIM and (given `lpips`) LPIPS of every upscaler on every pair.
+
+    `look` is shown each pair and its results.
+    """
     rows = []
     for pair in pairs:
         results = {name: upscaler(pair.lr) for name, upscaler in upscalers.items()}
         for name, sr in results.items():
             psnr, ssim = metrics.compare(sr, pair.hr, colour=colour, border=border)
-            rows.append(Row(pair.name, name, min(psnr, _IDENTICAL), ssim))
+            perceived = None if lpips is None else lpips(sr, pair.hr)
+            rows.append(Row(pair.name, name, min(psnr, _IDENTICAL), ssim, perceived))
         look(pair, results)
     return rows
 
@@ -129,11 +141,17 @@ def averages(rows: Iterable[Row]) -> list[Mean]:
     return [
         Mean(
             name,
-            sum(row.psnr for row in its) / len(its),
-            sum(row.ssim for row in its) / len(its),
+            statistics.fmean(row.psnr for row in its),
+            statistics.fmean(row.ssim for row in its),
+            _mean_or_none([row.lpips for row in its]),
         )
         for name, its in by_name.items()
     ]
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def classical(method: str, scale: int) -> Upscaler:

@@ -1,7 +1,8 @@
 """Pixel conventions: decode, encode, value range, colour, crop and the one downscale.
 
-A picture on the CPU is a numpy array (H, W, C) uint8, RGB or one-channel gray. A batch is a tensor
-(N, C, H, W), uint8 in [0, 255] until it reaches the device, float32 in [0, 1] there.
+A picture on the CPU is a numpy array (H, W, C) uint8, RGB or one-channel gray; 16-bit gray is
+uint16 until it has been cropped. A batch is a tensor (N, C, H, W), uint8 in [0, 255] until it
+reaches the device, float32 in [0, 1] there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from sr_dist.errors import UserError
 
 Picture = npt.NDArray[np.uint8]  # (H, W, C)
+DeepPicture = npt.NDArray[np.uint16]  # (H, W, 1), 16-bit gray as it is stored
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 CLASSICAL_METHODS = {
@@ -30,6 +32,8 @@ CLASSICAL_METHODS = {
 }
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
+_GRAY_MODES = ("1", "L", "LA")
+_DEEP_GRAY_MODES = ("I", "I;16", "I;16B", "I;16L")  # of Pillow; I where an older one reads a PNG
 
 
 class PictureError(ValueError):
@@ -113,31 +117,69 @@ def read_size(source: bytes | Path) -> tuple[int, int]:
     return height, width
 
 
-def decode(source: bytes | Path, channels: int) -> Picture:
-    """Decode to (H, W, `channels`) uint8, EXIF orientation applied.
+def decode(source: bytes | Path, channels: int) -> Picture | DeepPicture:
+    """Decode to (H, W, `channels`), EXIF orientation applied.
 
-    Alpha is composited on white, palettes are expanded, CMYK and other colour spaces become RGB;
-    for one channel, colour becomes luma as JPEG defines it. Of a phone's MPO file the first picture
-    is taken. More than 8 bits a channel are refused rather than clipped, as are animations and
-    multi-page files.
+    uint8; 16-bit gray as one channel stays uint16 (see `to_8_bits`). Alpha is composited on white,
+    palettes are expanded, CMYK and other colour spaces become RGB; for one channel, colour becomes
+    luma as JPEG defines it. Of a phone's MPO file the first picture is taken. More than 8 bits a
+    channel are refused in colour rather than clipped, as are animations and multi-page files.
 
     Raises:
         PictureError: the bytes are no whole picture, or of a kind that is refused.
     """
     with _open(source) as image:
         _load(image)
-        return to_array(image, channels)
+        if not _is_deep(image):
+            return to_array(image, channels)
+        if channels != 1:
+            raise PictureError("is 16-bit gray, which is kept as one channel and not as three")
+        return np.array(_upright(image)).astype(np.uint16)[..., None]
 
 
-def decode_with_alpha(source: bytes | Path) -> tuple[Picture, Picture | None]:
-    """Decode to its own number of channels, 1 or 3, and the alpha channel (H, W, 1) if any.
+def decode_8_bits(source: bytes | Path, channels: int, bits: int) -> Picture:
+    """`decode`, and `to_8_bits` where it is needed."""
+    picture = decode(source, channels)
+    return to_8_bits(picture, bits)
 
-    The colour below transparent places is kept as stored, not composited.
+
+def to_8_bits(picture: Picture | DeepPicture, bits: int) -> Picture:
+    """16-bit gray of `bits` significant bits as 8-bit, scaled and rounded; 8-bit as it is.
+
+    Raises:
+        PictureError: it holds values that need more bits.
+    """
+    if picture.dtype == np.uint8:
+        return picture  # type: ignore[return-value]
+    white = 2**bits - 1
+    if int(picture.max()) > white:
+        raise PictureError(f"holds values up to {picture.max()}, more than {bits} bits can")
+    scaled: Picture = (picture * (255 / white)).round().astype(np.uint8)
+    return scaled
+
+
+def own_channels(source: bytes | Path) -> int:
+    """1 for a gray picture, 3 for another.
+
+    Raises:
+        PictureError: the header cannot be read, or the picture is of a kind that is refused.
     """
     with _open(source) as image:
+        return 1 if image.mode in _GRAY_MODES or _is_deep(image) else 3
+
+
+def decode_with_alpha(source: bytes | Path, bits: int = 16) -> tuple[Picture, Picture | None]:
+    """Decode to its own number of channels, 1 or 3, and the alpha channel (H, W, 1) if any.
+
+    The colour below transparent places is kept as stored, not composited. `bits`: significant ones
+    of 16-bit gray.
+    """
+    with _open(source) as image:
+        if _is_deep(image):
+            return decode_8_bits(source, 1, bits), None
         _load(image)
         image = _upright(image)
-        gray = image.mode in ("1", "L", "LA")
+        gray = image.mode in _GRAY_MODES
         if not image.has_transparency_data:
             return to_array(image, 1 if gray else 3), None
         pixels = np.asarray(image.convert("LA" if gray else "RGBA"))
@@ -164,13 +206,17 @@ def to_array(image: Image.Image, channels: int) -> Picture:
     return pixels if channels == 3 else pixels[..., None]
 
 
-def to_pillow(picture: Picture) -> Image.Image:
-    """(H, W, C) uint8 with 1 (gray), 2 (gray and alpha), 3 or 4 channels as a Pillow image."""
+def to_pillow(picture: Picture | DeepPicture) -> Image.Image:
+    """(H, W, C) with 1 (gray), 2 (gray and alpha), 3 or 4 channels as a Pillow image."""
     return Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
 
 
-def encode(picture: Picture, kind: str) -> bytes:
-    """Encode as `webp` (lossless), `png` or `jpeg` (quality 95, full-resolution colour)."""
+def encode(picture: Picture | DeepPicture, kind: str) -> bytes:
+    """Encode as `webp` (lossless), `png` or `jpeg` (quality 95, full-resolution colour).
+
+    16-bit gray fits into PNG alone.
+    """
+    assert picture.dtype == np.uint8 or kind == "png"
     # Lossless WebP at its least effort decodes faster than PNG and is a quarter smaller.
     options: dict[str, dict[str, object]] = {
         "webp": {"lossless": True, "quality": 0, "method": 0, "exact": True},
@@ -193,7 +239,9 @@ def save(picture: Picture, path: Path, profile: bytes | None = None) -> None:
     os.replace(partial, path)
 
 
-def random_crop(picture: Picture, size: int, random: np.random.Generator) -> Picture:
+def random_crop(
+    picture: Picture | DeepPicture, size: int, random: np.random.Generator
+) -> Picture | DeepPicture:
     """A (size, size, C) view at a random place in one of the square's eight symmetries."""
     height, width, _ = picture.shape
     top = int(random.integers(height - size + 1))
@@ -296,7 +344,6 @@ def _open(source: bytes | Path) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         frames = getattr(image, "n_frames", 1)
-        deep = any(";16" in str(tile) for tile in getattr(image, "tile", []))
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise PictureError(f"cannot be read: {error.strerror}") from error
@@ -306,8 +353,23 @@ def _open(source: bytes | Path) -> Image.Image:
         raise PictureError(f"no picture: {reason}") from error
     if frames > 1 and image.format != "MPO":
         raise PictureError(f"has {frames} frames or pages; one is expected")
-    if deep or image.mode.startswith(("I", "F")):
+    deep = image.mode.startswith(("I", "F")) or _stored_in_16_bits(image)
+    if deep and not _is_deep(image):
         raise PictureError(
-            f"has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first"
+            f"has more than 8 bits a channel (mode {image.mode}), which is read of gray pictures "
+            "with 16 bits alone; convert it to 8 bits first"
         )
     return image
+
+
+def _stored_in_16_bits(image: Image.Image) -> bool:
+    return any(";16" in str(tile) for tile in getattr(image, "tile", []))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it is 16-bit gray, unsigned."""
+    if image.mode not in _DEEP_GRAY_MODES:
+        return False
+    return image.mode != "I" or (
+        _stored_in_16_bits(image) and "16S" not in str(getattr(image, "tile", ""))
+    )

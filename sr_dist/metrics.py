@@ -60,11 +60,12 @@ def compare(
     return float(psnr(*pair)), float(ssim(*pair))
 
 
-def protocol(colour: str, border: int) -> dict[str, object]:
+def protocol(colour: str, border: int, lpips: bool = False) -> dict[str, object]:
     """The protocol as the machine-readable outputs state it."""
-    return {
+    named = {
         "colour": colour,
         "border": border,
         "data_range": DATA_RANGE,
         "ssim": f"gaussian {SSIM_SIDE}, sigma {SSIM_SIGMA}",
     }
+    return {**named, "lpips": "squeeze, rgb, border 0"} if lpips else named

@@ -56,7 +56,12 @@ class Writer:
             "protocol": self.protocol,
             "images": len(self.sections),
             "results": [
-                {"name": mean.upscaler, "psnr": round(mean.psnr, 4), "ssim": round(mean.ssim, 6)}
+                {
+                    "name": mean.upscaler,
+                    "psnr": round(mean.psnr, 4),
+                    "ssim": round(mean.ssim, 6),
+                    **({} if mean.lpips is None else {"lpips": round(mean.lpips, 4)}),
+                }
                 for mean in means
             ],
         }
@@ -87,23 +92,28 @@ def _in_words(protocol: Mapping[str, object], scale: int) -> str:
         "y": "the BT.601 luma channel, 16 to 235 (of gray pictures as of equal colour channels)",
         "rgb": "all channels",
     }[str(protocol["colour"])]
+    lpips = "LPIPS: SqueezeNet, all channels, whole pictures; lower is nearer to HR. "
+    lpips *= "lpips" in protocol
     return (
         f"Results are rounded to 8 bits and compared with the HR picture on {colour}, leaving out "
         f"{protocol['border']} pixels at every border, data range {protocol['data_range']}. SSIM: "
-        f"{protocol['ssim']}, over the places where the window fits. Both are computed for each "
-        f"picture and then averaged. Enlargement ×{scale}. The pictures below are compressed for "
-        "this page (WebP, quality 92); exact ones lie beside it in pictures/."
+        f"{protocol['ssim']}, over the places where the window fits. {lpips}All are computed for "
+        f"each picture and then averaged. Enlargement ×{scale}. The pictures below are compressed "
+        "for this page (WebP, quality 92); exact ones lie beside it in pictures/."
     )
 
 
 def _csv(rows: Sequence[evaluate.Row]) -> str:
     names = list(dict.fromkeys(row.upscaler for row in rows))
-    columns = ["picture", *(f"{name} {metric}" for name in names for metric in ("psnr", "ssim"))]
+    measured = ["psnr", "ssim"] + ["lpips"] * (rows[0].lpips is not None)
+    columns = ["picture", *(f"{name} {metric}" for name in names for metric in measured)]
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         line = lines.setdefault(row.picture, {"picture": row.picture})
         line[f"{row.upscaler} psnr"] = f"{row.psnr:.4f}"
         line[f"{row.upscaler} ssim"] = f"{row.ssim:.6f}"
+        if row.lpips is not None:
+            line[f"{row.upscaler} lpips"] = f"{row.lpips:.4f}"
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -112,11 +122,25 @@ def _csv(rows: Sequence[evaluate.Row]) -> str:
 
 
 def _table(rows: Sequence[evaluate.Row] | Sequence[evaluate.Mean]) -> str:
+    """A row an upscaler, the best value of each column set off."""
+    columns = [("PSNR dB", "psnr", ".2f", max), ("SSIM", "ssim", ".4f", max)]
+    if rows[0].lpips is not None:
+        columns.append(("LPIPS", "lpips", ".3f", min))
+    best = {name: choose(getattr(row, name) for row in rows) for _, name, _, choose in columns}
+
+    def cell(row: evaluate.Row | evaluate.Mean, name: str, form: str) -> str:
+        value = getattr(row, name)
+        mark = ' class="best"' if len(rows) > 1 and value == best[name] else ""
+        return f"<td{mark}>{value:{form}}</td>"
+
+    head = "".join(f"<th>{title}</th>" for title, *_ in columns)
     body = "".join(
-        f"<tr><th>{html.escape(row.upscaler)}</th><td>{row.psnr:.2f}</td><td>{row.ssim:.4f}</td></tr>"
+        f"<tr><th>{html.escape(row.upscaler)}</th>"
+        + "".join(cell(row, name, form) for _, name, form, _ in columns)
+        + "</tr>"
         for row in rows
     )
-    return f"<table><tr><th></th><th>PSNR dB</th><th>SSIM</th></tr>{body}</table>"
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
 def _section(
@@ -199,6 +223,7 @@ section {{ margin: 3rem 0 }}
 .zooms {{ display: flex; flex-wrap: wrap; gap: .6rem }}
 .zooms img {{ image-rendering: pixelated; display: block }}
 figure {{ margin: 0 }} figcaption, .place, .choice {{ color: #666; font-size: 13px }}
+.best {{ font-weight: 600 }}
 </style>
 <h1>{title}</h1>
 <p>{protocol}</p>

@@ -171,9 +171,7 @@ def index(tars: Sequence[Path], progress: Progress[Any] = lambda items, what, to
             for sample in shards.read_samples(str(tar)):
                 count += 1
                 sides.append(min(images.read_size(sample["picture"])))
-                if channels == 1:
-                    with Image.open(io.BytesIO(sample["picture"])) as image:
-                        channels = 1 if image.mode in ("1", "L", "LA") else 3
+                channels = max(channels, images.own_channels(sample["picture"]))
         except shards.DamagedShard as error:
             raise UserError(f"{tar} is damaged: {error}") from None
         except images.PictureError as error:
@@ -406,9 +404,11 @@ def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, byte
             with Image.open(io.BytesIO(data)) as image:
                 ending, encoded = _KEPT_ENDINGS[str(image.format)], data
         else:
-            tile = picture[top : top + height, left : left + width]
-            encoded = images.encode(np.ascontiguousarray(tile), options.encode)
-            ending = _MEMBER_ENDINGS[options.encode]
+            tile = picture[top : top + height, left : left + width].copy()
+            # 16-bit gray keeps its depth, which PNG alone holds.
+            kind = options.encode if tile.dtype == np.uint8 else "png"
+            encoded = images.encode(tile, kind)
+            ending = _MEMBER_ENDINGS[kind]
         about = {"source": source.name, "sha256": digest, "tile": [top, left, height, width]}
         members = {ending: encoded, "json": json.dumps(about).encode()}
         yield members, min(height, width)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sr_dist import images, shards
+from sr_dist.degradation import Degradation, degrade
 from sr_dist.errors import UserError
 
 Batch = tuple[Tensor, Tensor]  # lr (B, C, H, W), hr (B, C, sH, sW), uint8
@@ -40,6 +41,8 @@ class CropStream(IterableDataset[Any]):
     scale: int
     channels: int
     crop_size: int
+    bits: int  # significant ones of 16-bit gray
+    degradation: Degradation
     rank: int
     world_size: int
     first_step: int
@@ -54,12 +57,19 @@ class CropStream(IterableDataset[Any]):
         lanes = [self._lane(row) for row in rows]
         try:
             for _ in range(self.first_step, self.last_step):
-                hr = images.to_batch([next(lane) for lane in lanes])
-                yield images.downscale(hr, self.scale), hr
+                crops = [next(lane) for lane in lanes]
+                hr = images.to_batch([crop.hr for crop in crops])
+                if self.degradation.does_something:
+                    lr = images.to_batch(
+                        [degrade(c.hr, self.scale, self.degradation, c.random) for c in crops]
+                    )
+                else:
+                    lr = images.downscale(hr, self.scale)
+                yield lr, hr
         except DataError as error:
             yield error
 
-    def _lane(self, lane: int) -> Iterator[images.Picture]:
+    def _lane(self, lane: int) -> Iterator[_Crop]:
         """The crops of one lane, epoch after epoch."""
         plan = self.plan
         epoch, step = divmod(self.first_step, plan.steps_per_epoch)
@@ -74,9 +84,9 @@ class CropStream(IterableDataset[Any]):
 
     def _crops(
         self, epoch: int, members: list[_Member], order: np.ndarray[Any, Any]
-    ) -> Iterator[images.Picture]:
+    ) -> Iterator[_Crop]:
         """Crops in `order`; a member is decoded when its first crop is due, its others kept."""
-        kept: dict[tuple[int, int], images.Picture] = {}
+        kept: dict[tuple[int, int], _Crop] = {}
         for sample, crop in order.tolist():
             if (sample, crop) not in kept:
                 member = members[sample]
@@ -84,7 +94,9 @@ class CropStream(IterableDataset[Any]):
                 for number in range(crop, self.plan.crops_per_image):
                     random = np.random.default_rng([self.plan.seed, epoch, member.number, number])
                     cut = images.random_crop(picture, self.crop_size, random)
-                    kept[sample, number] = cut.copy()  # a view would keep the whole picture
+                    # A copy, since a view would keep the whole picture.
+                    hr = member.to_8_bits(cut.copy(), self.bits)
+                    kept[sample, number] = _Crop(hr, random)
             yield kept.pop((sample, crop))
 
     def _read(self, segments: Iterator[shards.Segment]) -> Iterator[_Member]:
@@ -111,13 +123,27 @@ class CropStream(IterableDataset[Any]):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Crop:
+    hr: images.Picture
+    random: np.random.Generator  # for what else is drawn for this crop
+
+
+@dataclasses.dataclass(frozen=True)
 class _Member:
     address: str
     key: str
     number: int  # of the sample, over all shards of the index
     data: bytes
 
-    def decode(self, channels: int, crop_size: int) -> images.Picture:
+    def to_8_bits(self, crop: images.Picture | images.DeepPicture, bits: int) -> images.Picture:
+        try:
+            return images.to_8_bits(crop, bits)
+        except images.PictureError as error:
+            raise DataError(
+                f"shard {self.address}: sample {self.key} {error}; set data.bits"
+            ) from None
+
+    def decode(self, channels: int, crop_size: int) -> images.Picture | images.DeepPicture:
         try:
             picture = images.decode(self.data, channels)
         except images.PictureError as error:

@@ -21,6 +21,7 @@ from sr_dist import (
     evaluate,
     gan,
     images,
+    lpips,
     metrics,
     models,
     settings,
@@ -30,6 +31,7 @@ from sr_dist import (
     weights,
 )
 from sr_dist.config import Config, to_yaml
+from sr_dist.degradation import Degradation
 from sr_dist.distributed import Processes
 from sr_dist.errors import UserError
 
@@ -83,7 +85,7 @@ def _run(config: Config, processes: Processes) -> Result:
     )
     if processes.is_main:
         validation_pictures = evaluate.check(
-            data.validation, scale=data.scale, channels=data.channels
+            data.validation, scale=data.scale, channels=data.channels, bits=data.bits
         )
     identity = _identity(config, index, plan)
     start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
@@ -117,8 +119,12 @@ def _run(config: Config, processes: Processes) -> Result:
             f"rank {processes.rank} would go on from step {first_step}, others from elsewhere; "
             f"{folder} must lie on storage that all machines share"
         )
+    distance = None
+    if processes.is_main and config.evaluation.lpips is not None:
+        distance = lpips.build(Path(config.evaluation.lpips), processes.device)
     if first_step >= total_steps:
-        return _complete(folder, config, processes, networks, first_step // steps_per_epoch)
+        done = first_step // steps_per_epoch
+        return _complete(folder, config, processes, networks, distance, done)
     tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +165,8 @@ def _run(config: Config, processes: Processes) -> Result:
             scale=data.scale,
             channels=data.channels,
             crop_size=data.crop_size,
+            bits=data.bits,
+            degradation=Degradation(**dataclasses.asdict(data.degradation)),
             rank=processes.rank,
             world_size=processes.world_size,
             first_step=first_step,
@@ -220,7 +228,9 @@ def _run(config: Config, processes: Processes) -> Result:
                 try:
                     if ends_epoch:
                         if epoch % config.evaluation.every_epochs == 0 or step == total_steps:
-                            means = _evaluate(config, networks.evaluated(), tracker, epoch, step)
+                            means = _evaluate(
+                                config, networks.evaluated(), distance, tracker, epoch, step
+                            )
                         _end_epoch(
                             folder, config, networks, identity, tracker, epoch, epoch_sums, means
                         )
@@ -234,13 +244,18 @@ def _run(config: Config, processes: Processes) -> Result:
 
 
 def _complete(
-    folder: Path, config: Config, processes: Processes, networks: gan.Networks, epochs: int
+    folder: Path,
+    config: Config,
+    processes: Processes,
+    networks: gan.Networks,
+    distance: evaluate.Distance | None,
+    epochs: int,
 ) -> Result:
     """There is nothing to train: measure what is there, and leave the folder as it is."""
     means: list[evaluate.Mean] = []
     if processes.is_main:
         log.info("%s has its %d epochs; raise train.epochs to train it further", folder, epochs)
-        means = _evaluate(config, networks.evaluated(), tracking.Silent(), epochs, 0)
+        means = _evaluate(config, networks.evaluated(), distance, tracking.Silent(), epochs, 0)
     return Result(folder, means, metrics.protocol(config.evaluation.protocol, config.data.scale))
 
 
@@ -278,6 +293,9 @@ def _identity(config: Config, index: shards.Index, plan: shards.Plan) -> dict[st
             "global_batch_size": plan.global_batch_size,
             "crops_per_image": plan.crops_per_image,
             "crop_size": data.crop_size,
+            "bits": data.bits,
+            # As it reads back from JSON.
+            "degradation": {k: list(v) for k, v in vars(data.degradation).items()},
         },
     }
 
@@ -331,7 +349,12 @@ def _save(
 
 
 def _evaluate(
-    config: Config, generator: nn.Module, tracker: tracking.Tracker, epoch: int, step: int
+    config: Config,
+    generator: nn.Module,
+    distance: evaluate.Distance | None,
+    tracker: tracking.Tracker,
+    epoch: int,
+    step: int,
 ) -> list[evaluate.Mean]:
     """Bicubic and the model on the validation pictures; of the first few, the middle is shown."""
     scale = config.data.scale
@@ -348,18 +371,34 @@ def _evaluate(
         "bicubic": evaluate.classical("bicubic", scale),
         "SR": evaluate.learned(generator, scale=scale, tile=config.evaluation.tile),
     }
-    pairs = evaluate.read_pairs(config.data.validation, scale=scale, channels=config.data.channels)
+    data = config.data
+    pairs = evaluate.read_pairs(
+        data.validation, scale=scale, channels=data.channels, bits=data.bits
+    )
     rows = evaluate.evaluate(
-        upscalers, pairs, colour=config.evaluation.protocol, border=scale, look=look
+        upscalers,
+        pairs,
+        colour=config.evaluation.protocol,
+        border=scale,
+        lpips=distance,
+        look=look,
     )
     means = evaluate.averages(rows)
     for mean in means:
+        values = {"psnr": mean.psnr, "ssim": mean.ssim}
+        perceived = ""
+        if mean.lpips is not None:
+            values["lpips"] = mean.lpips
+            perceived = f"  LPIPS {mean.lpips:.4f}"
         log.info(
-            "epoch %d  %-8s PSNR %.3f dB  SSIM %.4f", epoch, mean.upscaler, mean.psnr, mean.ssim
+            "epoch %d  %-8s PSNR %.3f dB  SSIM %.4f%s",
+            epoch,
+            mean.upscaler,
+            mean.psnr,
+            mean.ssim,
+            perceived,
         )
-        tracker.scalars(
-            {f"psnr/{mean.upscaler}": mean.psnr, f"ssim/{mean.upscaler}": mean.ssim}, step
-        )
+        tracker.scalars({f"{name}/{mean.upscaler}": value for name, value in values.items()}, step)
     return means
 
 

@@ -40,9 +40,11 @@ def upscale(
 
 
 def upscale_any(
-    generator: nn.Module, path: Path, *, scale: int, channels: int, tile: int
+    generator: nn.Module, path: Path, *, scale: int, channels: int, tile: int, bits: int = 16
 ) -> images.Picture:
     """Decode a file and enlarge it, keeping its kind: gray stays gray, alpha stays.
+
+    The result has 8 bits. `bits`: significant ones of 16-bit gray.
 
     A colour generator sees gray as three equal channels; a gray generator enlarges each channel of
     a colour picture on its own. Alpha is enlarged bicubically.
@@ -50,7 +52,7 @@ def upscale_any(
     Raises:
         images.PictureError: the file cannot be used.
     """
-    picture, alpha = images.decode_with_alpha(path)
+    picture, alpha = images.decode_with_alpha(path, bits)
     own = picture.shape[2]
     if channels == own:
         result = upscale(generator, picture, scale=scale, tile=tile)

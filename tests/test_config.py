@@ -140,3 +140,31 @@ def test_home_folders_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = config.load(tmp_path / "a.yaml", ["run.output_dir=~/runs"])
     assert found.data.train == "/home/someone/shards"
     assert (found.run.output_dir, found.data.validation) == ("/home/someone/runs", "there/~")
+
+
+def test_lists(tmp_path: Path) -> None:
+    loaded = load(
+        tmp_path,
+        LEAST,
+        "loss.content.layers=[3, conv1_2]",
+        "optimizer.generator.schedule=multistep",
+        "optimizer.generator.milestones=[100, 200]",
+        "data.degradation.blur_sigma=[0, 1.5]",
+    )
+    assert loaded.loss.content.layers == ("3", "conv1_2")
+    assert loaded.optimizer.generator.milestones == (100, 200)
+    assert loaded.data.degradation.blur_sigma == (0.0, 1.5)
+    assert load(tmp_path, config.to_yaml(loaded)) == loaded
+    for override, message in (
+        ("loss.content.layers=3", "loss.content.layers: expected a list, as in [a, b], found 3"),
+        ("data.degradation.jpeg_quality=[1, 2, 3]", "expected a list of 2 values"),
+        ("data.degradation.jpeg_quality=[0, 50]", "jpeg_quality: expected at least 1, found 0"),
+        ("data.degradation.noise_sigma=[5, 2]", "expected the lower end first, found [5.0, 2.0]"),
+        ("optimizer.generator.milestones=[5]", "only multistep has them"),
+        ("optimizer.generator.milestones=[x]", "expected a whole number, found 'x'"),
+        ("loss.adversarial.label_smoothing=0.1", "linear has no target that could be smoothed"),
+        ("train.accumulation_steps=3", "3 does not divide train.global_batch_size (16)"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(tmp_path, LEAST, override)
+        assert message in str(caught.value)

@@ -255,16 +255,38 @@ def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> 
     assert not output.exists()
 
 
-@pytest.mark.parametrize(("name", "psnr"), [("Set5", 30.00), ("Set14", 27.36)])
-def test_the_authors_model(shared: Path, tmp_path: Path, name: str, psnr: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "psnr", "perceived", "bicubic"),
+    [("Set5", 30.005, 0.133, (28.43, 0.286)), ("Set14", 27.358, 0.206, (26.09, 0.371))],
+)
+def test_the_authors_model(
+    shared: Path,
+    tmp_path: Path,
+    name: str,
+    psnr: float,
+    perceived: float,
+    bicubic: tuple[float, float],
+) -> None:
     folder = shared / "benchmarks" / name
     done = succeed(
         "launch/evaluate.py",
         *("--data", folder / "HR", "--lr", folder / "LR_bicubic" / "X4", "--scale", 4),
+        *("--method", "bicubic"),
         *("--checkpoint", shared / "weights" / "swift_srgan_4x.pth.tar", "--output", tmp_path),
+        *("--lpips", shared / "weights" / "squeezenet1_1_imagenet.pth"),
     )
-    result = json.loads(done.stdout.splitlines()[-1])["results"][0]
-    assert result["psnr"] == pytest.approx(psnr, abs=0.01)
+    classical, model = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert model["psnr"] == pytest.approx(psnr, abs=0.01)
+    assert model["lpips"] == pytest.approx(perceived, abs=0.001)
+    assert classical["psnr"] == pytest.approx(bicubic[0], abs=0.01)
+    assert classical["lpips"] == pytest.approx(bicubic[1], abs=0.001)
+    page = (tmp_path / "report.html").read_text()
+    assert "<th>LPIPS</th>" in page and "LPIPS: SqueezeNet, all channels" in page
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header == (
+        "picture,bicubic psnr,bicubic ssim,bicubic lpips,"
+        "swift_srgan_4x psnr,swift_srgan_4x ssim,swift_srgan_4x lpips"
+    )
 
 
 def test_pictures_of_an_earlier_evaluation_go(tmp_path: Path, picture: images.Picture) -> None:

@@ -76,7 +76,7 @@ def test_decode_with_alpha_keeps_colour_and_alpha() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16))), "more than 8 bits"),
+        (encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16))), "is 16-bit gray"),
         (encoded(Image.new("F", (8, 8)), "tiff"), "more than 8 bits"),
         (
             encoded(
@@ -153,9 +153,45 @@ def png_of_16_bits(colour_type: int, channels: int) -> bytes:
 @pytest.mark.parametrize(
     ("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["L", "RGB", "LA", "RGBA"]
 )
-def test_16_bits_are_refused_in_every_colour_type(colour_type: int, channels: int) -> None:
-    with pytest.raises(images.PictureError, match="more than 8 bits"):
+def test_16_bits_are_refused_in_colour(colour_type: int, channels: int) -> None:
+    with pytest.raises(images.PictureError, match="more than 8 bits|is 16-bit gray"):
         images.decode(png_of_16_bits(colour_type, channels), 3)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "compressed tiff", "big-endian tiff"])
+def test_16_bit_gray_is_read_exactly(kind: str) -> None:
+    deep = np.arange(64 * 80, dtype=np.uint16).reshape(64, 80) * 12
+    image = Image.fromarray(deep)
+    if kind == "big-endian tiff":
+        data = encoded(Image.frombytes("I;16B", (80, 64), deep.astype(">u2").tobytes()), "tiff")
+        assert data[:2] in (b"MM", b"II")
+    elif kind == "compressed tiff":
+        data = encoded(image, "tiff", compression="tiff_lzw")
+    else:
+        data = encoded(image, kind)
+    decoded = images.decode(data, 1)
+    assert decoded.dtype == np.uint16 and np.array_equal(decoded[..., 0], deep)
+    assert images.own_channels(data) == 1
+    assert images.read_size(data) == (64, 80)
+    shown, alpha = images.decode_with_alpha(data, 16)
+    assert alpha is None and shown.dtype == np.uint8
+    assert np.array_equal(shown[..., 0], (deep / 257).round().astype(np.uint8))
+
+
+def test_8_bits_of_16() -> None:
+    values = np.array([[[0], [4095], [2048]]], np.uint16)
+    assert images.to_8_bits(values, 12).ravel().tolist() == [0, 255, 128]
+    assert images.to_8_bits(values, 16).ravel().tolist() == [0, 16, 8]
+    with pytest.raises(images.PictureError, match="values up to 4095, more than 11 bits can"):
+        images.to_8_bits(values, 11)
+    own = np.array([[[7]]], np.uint8)
+    assert images.to_8_bits(own, 12) is own
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bits_are_refused(mode: str) -> None:
+    with pytest.raises(images.PictureError, match="more than 8 bits a channel"):
+        images.decode(encoded(Image.new(mode, (8, 8)), "tiff"), 1)
 
 
 def test_the_first_picture_of_a_phones_file_is_taken(picture: images.Picture) -> None:

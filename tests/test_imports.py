@@ -16,8 +16,8 @@ from tests.helpers import REPOSITORY
 LEVELS = [
     {"errors"},
     {"settings", "images", "distributed", "weights"},
-    {"config", "models", "losses", "metrics", "shards"},
-    {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale"},
+    {"config", "models", "losses", "metrics", "shards", "degradation"},
+    {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale", "lpips"},
     {"evaluate"},
     {"report"},
     {"train"},

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import images, shards, stream
+from sr_dist import images, shard_writer, shards, stream
+from sr_dist.degradation import Degradation
+from sr_dist.errors import UserError
+
+NONE = Degradation()
 
 
 def read(
@@ -24,6 +28,9 @@ def read(
     crops: int = 2,
     batch: int = 6,
     window: int | None = None,
+    channels: int = 3,
+    bits: int = 16,
+    degradation: Degradation = NONE,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     index = shards.read_index(str(folder))
     plan = shards.make_plan(
@@ -35,8 +42,10 @@ def read(
         index=index,
         plan=plan,
         scale=4,
-        channels=3,
+        channels=channels,
         crop_size=48,
+        bits=bits,
+        degradation=degradation,
         rank=rank,
         world_size=world_size,
         first_step=first,
@@ -122,13 +131,15 @@ def test_crops_do_not_keep_their_pictures_in_memory(sharded: Path) -> None:
         scale=4,
         channels=3,
         crop_size=48,
+        bits=16,
+        degradation=NONE,
         rank=0,
         world_size=1,
         first_step=0,
         last_step=5,
     )
     for crop in itertools.islice(source._lane(0), 5):
-        assert crop.base is None and crop.nbytes == 48 * 48 * 3
+        assert crop.hr.base is None and crop.hr.nbytes == 48 * 48 * 3
 
 
 def damaged(sharded: Path, tmp_path: Path) -> Path:
@@ -185,3 +196,84 @@ def test_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
         tar.unlink()
     with pytest.raises(stream.DataError, match="shard-000002.tar is gone"):
         read(folder)
+
+
+def test_degraded_lr_is_seeded_like_the_crops(sharded: Path) -> None:
+    worse = Degradation(blur_sigma=(0.5, 2), noise_sigma=(2, 10), jpeg_quality=(40, 90))
+    plain, degraded = read(sharded), read(sharded, degradation=worse)
+    for (lr, hr), (worse_lr, same_hr) in zip(plain, degraded, strict=True):
+        assert torch.equal(hr, same_hr)
+        assert (lr.int() - worse_lr.int()).abs().float().mean() > 2
+    assert_equal(degraded, read(sharded, degradation=worse, num_workers=3))
+    assert_equal(degraded[2:], read(sharded, degradation=worse, first=2))
+    parts = [read(sharded, degradation=worse, rank=rank, world_size=2) for rank in range(2)]
+    joined = [
+        (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(*parts, strict=True)
+    ]
+    assert_equal(degraded, joined)
+
+
+def test_16_bit_gray_is_kept_up_to_the_crop(tmp_path: Path) -> None:
+    """12-bit values in a 16-bit file: 8-bit crops of what was stored, scaled by 4095."""
+    y, x = np.mgrid[0:128, 0:192]
+    deep = (x * 17 + y * 5).astype(np.uint16)[..., None]
+    assert 255 < deep.max() < 4096
+    (tmp_path / "in").mkdir()
+    for name in ("0.tif", "1.png", "2.png"):
+        images.save(deep, tmp_path / "in" / name)
+    options = shard_writer.Options(tile=64, channels=1, encode="webp", min_size=48)
+    summary = shard_writer.write(
+        images.list_pictures(tmp_path / "in"), tmp_path / "shards", options
+    )
+    assert (summary.samples, summary.rejects) == (18, 0)
+    assert shard_writer.verify(str(tmp_path / "shards")) == []
+    scaled = (deep[..., 0] * (255 / 4095)).round().astype(np.uint8)
+    windows = {
+        view.tobytes()
+        for view in np.lib.stride_tricks.sliding_window_view(scaled, (48, 48)).reshape(-1, 48, 48)
+    }
+    for _, hr in read(tmp_path / "shards", channels=1, bits=12):
+        for crop in hr[:, 0].numpy():
+            turned = [t for k in range(4) for t in (np.rot90(crop, k), np.rot90(crop.T, k))]
+            assert any(np.ascontiguousarray(t).tobytes() in windows for t in turned)
+    with pytest.raises(stream.DataError, match="more than 10 bits can; set data.bits"):
+        read(tmp_path / "shards", channels=1, bits=10)
+
+
+def test_16_bit_gray_is_no_colour_picture(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    images.save(np.zeros((64, 64, 1), np.uint16), tmp_path / "in" / "deep.png")
+    with pytest.raises(UserError, match="deep.png is 16-bit gray, which is kept as one channel"):
+        shard_writer.write(
+            images.list_pictures(tmp_path / "in"),
+            tmp_path / "shards",
+            shard_writer.Options(min_size=48),
+        )
+
+
+def test_whole_pictures_are_crops_too(sharded: Path, photographs: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        cut = images.decode(photographs / "astronaut.png", 3)[:128, number : number + 128]
+        images.save(np.ascontiguousarray(cut), tmp_path / f"{number}.png")
+    options = shard_writer.Options(tile=0, min_size=48)
+    shard_writer.write(images.list_pictures(tmp_path), tmp_path / "shards", options)
+    index = shards.read_index(str(tmp_path / "shards"))
+    plan = shards.make_plan(index, seed=0, global_batch_size=2, crops_per_image=1, crop_size=128)
+    source = stream.CropStream(
+        index=index,
+        plan=plan,
+        scale=4,
+        channels=3,
+        crop_size=128,
+        bits=16,
+        degradation=NONE,
+        rank=0,
+        world_size=1,
+        first_step=0,
+        last_step=2,
+    )
+    batches = list(stream.batches(source, num_workers=0, pin_memory=False))
+    sums = sorted(int(picture.sum()) for _, hr in batches for picture in hr)
+    files = sorted(int(images.decode(path, 3).sum()) for path in tmp_path.glob("*.png"))
+    assert sums == files, "each picture once, whole, in one of its symmetries"
+    assert batches[0][0].shape == (2, 3, 32, 32)

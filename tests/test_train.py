@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -300,6 +301,36 @@ def test_changes_that_a_run_cannot_follow(recipe: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             train.run(load(recipe, override))
+
+
+def test_a_run_can_start_from_another(recipe: Path, tmp_path: Path) -> None:
+    first = train.run(load(recipe, "train.epochs=1"))
+    average, _ = saved(first.folder)
+    settings = ("run.name=second", f"train.start_from={first.folder}", "train.epochs=1")
+    frozen = ("optimizer.generator.learning_rate=1e-12", "optimizer.generator.weight_decay=0")
+    second = train.run(load(recipe, *settings, *frozen))
+    started, meta = saved(second.folder)
+    assert meta["step"] == 18
+    for name, value in started.items():
+        if name.startswith("generator/") and "running" not in name and value.is_floating_point():
+            expected = average[name.replace("generator/", "ema/")]
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-8, msg=name)
+    # Going on, the second run stands on its own checkpoint.
+    third = train.run(load(recipe, *settings[:2], *frozen, "train.epochs=2"))
+    assert saved(third.folder)[1]["step"] == 36
+    with pytest.raises(UserError, match="another generator: num_channels 8 instead of 16"):
+        train.run(load(recipe, *settings[1:], "model.generator.num_channels=16", "run.name=x"))
+    with pytest.raises(UserError, match="another generator: channels 3 instead of 1"):
+        train.run(load(recipe, *settings[1:], "data.channels=1", "run.name=x"))
+
+
+def test_lpips_is_measured_where_it_is_asked_for(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "s.pth")
+    result = train.run(load(recipe, "train.epochs=1", f"evaluation.lpips={tmp_path}/s.pth"))
+    points = scalars(result.folder)
+    assert points["lpips/SR"][0][1] == pytest.approx(result.means[1].lpips, rel=1e-5)
+    assert points["lpips/bicubic"][0][1] > 0
 
 
 def test_other_shards_of_the_same_number_of_samples_are_refused(
