@@ -1,0 +1,78 @@
+"""Every recipe of configs/, shrunken: a small network on four small samples, two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sr_dist import checkpoint, config, images, shard_writer, train
+from tests.helpers import REPOSITORY
+
+RECIPES = sorted(path.stem for path in REPOSITORY.glob("configs/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pictures(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four colour squares of 64 pixels, the same in 16-bit gray, and shards of both."""
+    folder = tmp_path_factory.mktemp("recipes")
+    astronaut = images.decode(photographs / "astronaut.png", 3)
+    for kind in ("colour", "gray"):
+        (folder / kind).mkdir()
+    for number in range(4):
+        cut = np.ascontiguousarray(astronaut[64 : 64 + 64, 50 * number : 50 * number + 64])
+        images.save(cut, folder / "colour" / f"{number}.png")
+        deep = cut[..., :1].astype(np.uint16) * 257
+        images.save(deep, folder / "gray" / f"{number}.png")
+    for kind, channels in (("colour", 3), ("gray", 1)):
+        options = shard_writer.Options(tile=64, min_size=64, channels=channels)
+        shard_writer.write(images.list_pictures(folder / kind), folder / f"{kind}_shards", options)
+    return folder
+
+
+def shrunken(name: str, pictures: Path, output: Path) -> config.Config:
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    whole = config.load(path)
+    kind = "gray" if whole.data.channels == 1 else "colour"
+    overrides = [
+        f"run.output_dir={output}",
+        f"data.train={pictures}/{kind}_shards",
+        f"data.validation={pictures}/{kind}",
+        "data.crop_size=64",
+        "data.crops_per_image=1",
+        "data.num_workers=0",
+        "model.generator.num_channels=4",
+        "model.generator.num_blocks=1",
+        "loss.content.weights=none",
+        "train.epochs=1",
+        "train.global_batch_size=2",
+        # One step of the warm-up, where there is one, and one after it.
+        f"train.warmup_images={2 * bool(whole.train.warmup_images)}",
+    ]
+    if whole.train.start_from:
+        overrides.append(f"train.start_from={output}/{Path(whole.train.start_from).name}")
+    return config.load(path, overrides)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(name: str, pictures: Path, tmp_path: Path) -> None:
+    settings = shrunken(name, pictures, tmp_path)
+    if settings.train.start_from:
+        train.run(shrunken(Path(settings.train.start_from).name, pictures, tmp_path))
+    result = train.run(settings)
+    found = checkpoint.find_newest(result.folder / "checkpoints")
+    assert found is not None and found.step == 2
+    assert found.has("discriminator") == bool(settings.loss.adversarial.weight)
+    assert all(torch.isfinite(value).all() for value in found.weights("generator").values())
+    generator, _ = checkpoint.load_generator(result.folder)
+    scale, channels = settings.data.scale, settings.data.channels
+    assert generator(torch.rand(1, channels, 5, 7)).shape == (1, channels, 5 * scale, 7 * scale)
+    assert result.means[1].psnr > 5
+
+
+def test_recipes_of_the_family_are_here() -> None:
+    wanted = {f"swift_srgan_x{scale}" for scale in (2, 4, 8)}
+    wanted |= {"srresnet_x4", "srgan_x4", "swift_srgan_x4_1024", "xray_x4", "quickstart"}
+    assert wanted <= set(RECIPES)
