@@ -18,7 +18,7 @@ LEVELS = [
     {"config", "images", "distributed", "manifest", "web"},
     {"models", "losses", "metrics", "shards", "download"},
     {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale"},
-    {"evaluate"},
+    {"evaluate", "sources"},
     {"report"},
     {"train"},
 ]
