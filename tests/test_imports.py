@@ -19,7 +19,7 @@ LEVELS = [
     {"models", "losses", "metrics", "shards", "download"},
     {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale"},
     {"evaluate", "sources"},
-    {"report"},
+    {"report", "archives"},
     {"train"},
 ]
 
