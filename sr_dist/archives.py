@@ -146,7 +146,7 @@ def fetch(
             os.replace(partial, whole)
             download.forget(partial)
         try:
-            sha256 = _check_sum(archive, source, whole, strict=address is None)
+            sha256 = _check_sum(archive, source, whole, address is None, progress)
             _unpack(archive, source, whole, sha256, manifest, progress)
         except UserError:
             whole.unlink()  # the next run is to fetch it afresh
@@ -184,11 +184,13 @@ def _by_mebibyte(sizes: Iterator[int]) -> Iterator[int]:
             yield _MIB
 
 
-def _check_sum(archive: Archive, source: str, path: Path, strict: bool) -> str:
-    """The sha256 of an archive whose MD5 is the known one."""
+def _check_sum(archive: Archive, source: str, path: Path, strict: bool, progress: Progress) -> str:
+    """The sha256 of an archive; `strict`: if its MD5 is the known one."""
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_MIB):
+        blocks = iter(functools.partial(file.read, _MIB), b"")
+        total = -(-path.stat().st_size // _MIB)
+        for block in progress(blocks, f"checking {archive.folder} (MiB)", total):
             md5.update(block)
             sha256.update(block)
     if strict and md5.hexdigest() != archive.md5:

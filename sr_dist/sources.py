@@ -68,8 +68,9 @@ def read_addresses(path: Path, url_column: str | None = None) -> list[Picture]:
     Raises:
         UserError: the file cannot be read, or no column holds addresses.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a text file, CSV or TSV of addresses")
+    if not path.exists() or path.is_dir():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {found}; expected a text file, CSV or TSV of addresses")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -95,7 +96,14 @@ def read_addresses(path: Path, url_column: str | None = None) -> list[Picture]:
         return [Picture(line) for line in lines]
     delimiter = next((mark for mark in "\t;" if mark in lines[0]), ",")
     table = io.StringIO(text[text.index(lines[0]) :], newline="")
-    return _read_table(path, csv.DictReader(table, delimiter=delimiter), url_column)
+    reader = csv.DictReader(table, delimiter=delimiter)
+    try:
+        pictures = _read_table(path, reader, url_column)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+    if not pictures:
+        raise UserError(f"{path} has a header and nothing below it")
+    return pictures
 
 
 def _read_table(path: Path, reader: csv.DictReader[str], url_column: str | None) -> list[Picture]:
@@ -117,21 +125,15 @@ def _read_table(path: Path, reader: csv.DictReader[str], url_column: str | None)
     licence, author, page = column_of(_LICENCE), column_of(_AUTHOR), column_of(_PAGE)
     unsplash = "photographerusername" in columns and "photoimageurl" in columns
     pictures = []
-    try:
-        for row in reader:
-            values = {name: " ".join((row[name] or "").split()) for name in columns.values()}
-            if unsplash:
-                kept = [_UNSPLASH_LICENCE, _unsplash_author(values), values.get(page, "")]
-            else:
-                kept = [values.get(name, "") for name in (licence, author, page)]
-            attribution = ", ".join(part for part in kept[1:] if part and part != values[address])
-            pictures.append(
-                Picture(values[address] or f"line {reader.line_num}", kept[0], attribution)
-            )
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-    if not pictures:
-        raise UserError(f"{path} has a header and nothing below it")
+    for row in reader:
+        values = {name: " ".join((row[name] or "").split()) for name in columns.values()}
+        if unsplash:
+            kept = [_UNSPLASH_LICENCE, _unsplash_author(values), values.get(page, "")]
+        else:
+            kept = [values.get(name, "") for name in (licence, author, page)]
+        attribution = ", ".join(part for part in kept[1:] if part and part != values[address])
+        found = values[address] or f"line {reader.line_num}"
+        pictures.append(Picture(found, kept[0], attribution))
     return pictures
 
 

@@ -126,7 +126,11 @@ def test_a_broken_download_goes_on(server: Server, tmp_path: Path) -> None:
     assert files(tmp_path) == INSIDE
     asked = [request.headers.get("Range") for request in server.requests]
     assert asked == [None, *[f"bytes={2**20}-"] * 2, f"bytes={2 * 2**20}-"]
-    assert steps == [("DIV2K_train_HR (MiB)", 3, 2), ("unpacking DIV2K_train_HR", 4, 4)]
+    assert steps == [
+        ("DIV2K_train_HR (MiB)", 3, 2),
+        ("checking DIV2K_train_HR (MiB)", 4, 4),
+        ("unpacking DIV2K_train_HR", 4, 4),
+    ]
 
 
 def test_a_stopped_unpacking_goes_on_without_a_download(server: Server, tmp_path: Path) -> None:

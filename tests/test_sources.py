@@ -131,6 +131,7 @@ def test_unsplash_lite_as_it_is(tmp_path: Path) -> None:
         ("a.csv", b"http://a/b.png,CC0\n", None, "has no header: its first line is 'http://a/b"),
         ("a.txt", b"http://a/b.png\n", "url", "--url-column url: .* has no header"),
         ("a.csv", b'url\n"' + b"x" * 200_000, None, "line .*field larger than field limit"),
+        ("a.csv", b"x" * 200_000 + b",url\n", None, "line .*field larger than field limit"),
     ],
 )
 def test_lists_that_are_refused(
@@ -141,6 +142,8 @@ def test_lists_that_are_refused(
         sources.read_addresses(tmp_path / name, column)
     with pytest.raises(UserError, match="nowhere.csv does not exist"):
         sources.read_addresses(tmp_path / "nowhere.csv")
+    with pytest.raises(UserError, match="is a folder; expected a text file, CSV or TSV"):
+        sources.read_addresses(tmp_path)
 
 
 def test_a_query_is_added_to_addresses(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ sources:
             photos.tsv000 of the Unsplash Lite data set is taken as it is.
   div2k     the 800 + 100 pictures of DIV2K, from its archives (3.8 GB), into DIV2K_train_HR and
             DIV2K_valid_HR
-  flickr2k  the 2650 pictures of Flickr2K, from its archive (20 GB)
+  flickr2k  the 2650 pictures of Flickr2K, from its archive (20 GB). Its server was reported out of
+            reach in 2024; --address names a copy elsewhere, zip or tar.
   pexels    photographs of a search, or the curated ones; the key is read from PEXELS_API_KEY
   kaggle    a data set, through the package kagglehub and into its cache, then as folder does
 
