@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with exit_on_user_error("Pictures written so far are whole."):
+    with exit_on_user_error():
         import torch
         from tqdm import tqdm
 

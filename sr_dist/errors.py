@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 
 USER_MISTAKE = 2  # exit status
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+GO_ON = 75  # exit status of a stopped command that goes on when it is run again
+INTERRUPTED = 130  # exit status of another that was stopped by Ctrl-C, as shells have it
 
 # What the system says of a path or a disk that is the user's to mend.
 _OF_THE_PLACE = {
@@ -41,14 +42,14 @@ def exit_on_user_error(again: str = "") -> Iterator[None]:
     """Turn a `UserError` into its message on standard error and exit status 2.
 
     The same for a file or folder that cannot be used, and for a full disk. `again`: what running
-    the command again does, said after Ctrl-C.
+    the command again does, said after Ctrl-C; the exit status is then 75.
     """
     try:
         yield
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _say(f"stopped. {again}".rstrip(), kind="")
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(GO_ON if again else INTERRUPTED) from None
     except UserError as error:
         if not error.silent:
             _say(str(error))

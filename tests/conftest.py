@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sr_dist import dataset, images, shard_writer, shards
+from tests import local_server
 from tests.helpers import SHARED
 
 # More threads than idle cores wait for each other at every layer; the networks here are tiny.
@@ -70,3 +71,15 @@ def picture() -> images.Picture:
     y, x = np.mgrid[0:64, 0:80]
     channels = [127 + 100 * np.sin(x / 7 + k) * np.cos(y / 5 - k) for k in range(3)]
     return np.stack(channels, axis=2).round().astype(np.uint8)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[local_server.Server]:
+    """A web server on this machine; no proxy stands before it."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    running = local_server.start()
+    yield running
+    running.shutdown()
+    running.server_close()
