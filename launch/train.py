@@ -62,6 +62,7 @@ def main() -> None:
             settings = config.load(arguments.config, overrides)
         level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("sr_dist.skipped").setLevel(logging.WARNING)  # on every rank
         with logging_redirect_tqdm():  # messages above the live progress line, not through it
             result = train.run(settings)
     if result.means:
@@ -77,6 +78,8 @@ def print_summary(result: "train.Result") -> None:  # noqa: F821
     print(f"  {'':10} {'PSNR dB':>8} {'SSIM':>7}")
     for mean in result.means:
         print(f"  {mean.upscaler:10} {mean.psnr:8.3f} {mean.ssim:7.4f}")
+    if result.skipped:
+        print(f"\n{result.skipped} samples could not be used; others took their places")
     print(f"\nRun folder: {result.folder}")
 
 

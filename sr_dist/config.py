@@ -47,7 +47,10 @@ class Degradation:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     train: str = setting(
-        REQUIRED, "training shards: a folder with index.json, or an index.json", path=True
+        REQUIRED,
+        "training shards: a folder or address with index.json, an index.json, or a brace range "
+        "beside one, shard-{000000..000099}.tar",
+        path=True,
     )
     validation: str = setting(
         REQUIRED, "pictures to evaluate on: a folder, a .txt list of files, or shards", path=True
@@ -60,6 +63,24 @@ class Data:
     degradation: Degradation = dataclasses.field(default_factory=Degradation)
     num_workers: int = setting(
         2, "loader processes per rank; 0 loads in the rank itself", minimum=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    on_error: str = setting(
+        "stop",
+        "a sample that cannot be used: stop ends the run and names it; skip takes another in its "
+        "place and counts it",
+        choices=("stop", "skip"),
+    )
+    attempts: int = setting(6, "to get a piece of a remote shard, in a row", minimum=1)
+    timeout: float = setting(30.0, "to connect, and without a byte, seconds", above=0)
+    cache_dir: str | None = setting(
+        None, "folder that keeps remote shards, so that later epochs read them there", path=True
+    )
+    cache_bytes: int = setting(
+        50 * 10**9, "of the shards kept; the least recently used make room", minimum=1
     )
 
 
@@ -253,6 +274,7 @@ class Tracking:
 class Config:
     run: Run = dataclasses.field(default_factory=Run)
     data: Data
+    stream: Stream = dataclasses.field(default_factory=Stream)
     model: Model = dataclasses.field(default_factory=Model)
     loss: Loss = dataclasses.field(default_factory=Loss)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)

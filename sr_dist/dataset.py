@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sr_dist import images, shards
+from sr_dist import images, storage
 from sr_dist.errors import UserError
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what, total) → items
@@ -207,7 +207,7 @@ def _share(path: Path, seed: int) -> float:
 
 
 def _hash(path: Path) -> str:
-    return shards.sha256_of_file(str(path))[0]
+    return storage.sha256_of_file(str(path))[0]
 
 
 def _read_list(path: Path) -> list[str]:

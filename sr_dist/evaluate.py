@@ -215,8 +215,10 @@ def _sources(data: str) -> Iterator[tuple[str, bytes | Path]]:
         address, count = index.address(number), 0
         try:
             for sample in shards.read_samples(address):
+                if sample.problem:
+                    raise UserError(f"shard {address}: sample {sample.key} {sample.problem}")
                 count += 1
-                yield f"{Path(shard.name).stem}/{sample['__key__']}", sample["picture"]
+                yield f"{Path(shard.name).stem}/{sample.key}", sample.picture
         except shards.DamagedShard as error:
             raise UserError(f"shard {address} is damaged: {error}") from None
         if count != shard.count:

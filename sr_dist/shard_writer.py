@@ -14,6 +14,8 @@ import io
 import json
 import os
 import shutil
+import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from sr_dist import images, shards
+from sr_dist import images, shards, storage, tars
 from sr_dist.errors import UserError
 
 Given = TypeVar("Given")
@@ -137,7 +139,7 @@ def write(
     (output / "rejects.jsonl").unlink(missing_ok=True)
     if lines:
         _write_whole(output / "rejects.jsonl", lines.encode())
-    names = ("name", "count", "bytes", "sha256")
+    names = ("name", "count", "bytes", "sha256", "mark_every", "marks")
     listed = [shards.Shard(**{name: result[name] for name in names}) for result in written]
     side = min(result["smallest_side"] for result in written)
     text = shards.index_text(options.channels, side, listed, recorded)
@@ -166,18 +168,21 @@ def index(tars: Sequence[Path], progress: Progress[Any] = lambda items, what, to
         raise UserError(f"{target} exists already; delete it to index the folder again")
     listed, sides, channels = [], [], 1
     for tar in progress(tars, "indexing", len(tars)):
-        count = 0
+        offsets = []
         try:
             for sample in shards.read_samples(str(tar)):
-                count += 1
-                sides.append(min(images.read_size(sample["picture"])))
-                channels = max(channels, images.own_channels(sample["picture"]))
+                if sample.problem:
+                    raise UserError(f"{tar}: sample {sample.key} {sample.problem}")
+                offsets.append(sample.offset)
+                sides.append(min(images.read_size(sample.picture)))
+                channels = max(channels, images.own_channels(sample.picture))
         except shards.DamagedShard as error:
             raise UserError(f"{tar} is damaged: {error}") from None
         except images.PictureError as error:
-            raise UserError(f"{tar}: sample {sample['__key__']} {error}") from None
-        digest, size = shards.sha256_of_file(str(tar))
-        listed.append(shards.Shard(tar.name, count, size, digest))
+            raise UserError(f"{tar}: sample {sample.key} {error}") from None
+        digest, size = storage.sha256_of_file(str(tar))
+        shard = shards.Shard(tar.name, len(offsets), size, digest)
+        listed.append(shards.mark(shard, offsets))
     if not sides:
         raise UserError(f"no sample with a picture in {len(tars)} tars")
     text = shards.index_text(channels, min(sides), listed, {"indexed": True})
@@ -192,9 +197,9 @@ def verify(address: str, progress: Progress[Any] = lambda items, what, total: it
     for number, shard in enumerate(progress(found.shards, "verifying", len(found.shards))):
         where = found.address(number)
         try:
-            digest, size = shards.sha256_of_file(where)
+            digest, size = storage.sha256_of_file(where)
         except OSError as error:
-            problems.append(f"{where}: cannot be read: {error}")
+            problems.append(f"{where}: cannot be read: {error.strerror or error}")
             continue
         if size != shard.bytes:
             problems.append(f"{where}: {size} bytes, the index says {shard.bytes}")
@@ -203,24 +208,34 @@ def verify(address: str, progress: Progress[Any] = lambda items, what, total: it
         count = 0
         try:
             for sample in shards.read_samples(where):
+                if shard.mark_every and count % shard.mark_every == 0:
+                    problems += _mark_problems(where, shard, count, sample.offset)
                 count += 1
                 problems += _picture_problems(where, sample, found)
         except shards.DamagedShard as error:
-            problems.append(f"{where}: damaged: {error}")
+            problems.append(f"{where}: damaged: {error}, after {count} samples")
         if count != shard.count:
             problems.append(f"{where}: {count} samples, the index says {shard.count}")
     return problems
 
 
-def _picture_problems(where: str, sample: dict[str, Any], found: shards.Index) -> Iterator[str]:
+def _mark_problems(where: str, shard: shards.Shard, number: int, offset: int) -> Iterator[str]:
+    marked = number // shard.mark_every
+    if marked >= len(shard.marks) or shard.marks[marked] != offset:
+        yield f"{where}: sample {number} begins at byte {offset}, which is not what the index says"
+
+
+def _picture_problems(where: str, sample: tars.Sample, found: shards.Index) -> Iterator[str]:
+    if sample.problem:
+        yield f"{where}: sample {sample.key} {sample.problem}"
     try:
-        picture = images.decode(sample["picture"], found.channels)
+        picture = images.decode(sample.picture, found.channels)
     except images.PictureError as error:
-        yield f"{where}: sample {sample['__key__']} {error}"
+        yield f"{where}: sample {sample.key} {error}"
         return
     if min(picture.shape[:2]) < found.smallest_side:
         side = min(picture.shape[:2])
-        yield f"{where}: sample {sample['__key__']}: {side} pixels, below the index's smallest side"
+        yield f"{where}: sample {sample.key}: {side} pixels, below the index's smallest side"
 
 
 class _mapper:
@@ -290,7 +305,7 @@ def _remove_ours(output: Path) -> None:
 def _probe(options: Options, picture: tuple[Path, str]) -> _Source:
     path, name = picture
     try:
-        digest, size = shards.sha256_of_file(str(path))
+        digest, size = storage.sha256_of_file(str(path))
     except OSError as error:
         return _Source(path, name, reject=f"cannot be read: {error.strerror}")
     source = _Source(path, name, digest, size)
@@ -370,21 +385,31 @@ def _write_shard(job: _Job) -> dict[str, Any]:
                 tar.write({"__key__": f"{job.first_key + place:09d}", **samples[number][0]})
         file.flush()
         os.fsync(file.fileno())
-    digest, size = shards.sha256_of_file(str(partial))
+    digest, size = storage.sha256_of_file(str(partial))
+    offsets = _offsets(partial)
     if samples:
         os.replace(partial, target)
     else:
         partial.unlink()
+    marked = shards.mark(shards.Shard(target.name, len(samples), size, digest), offsets)
     result = {
         "name": target.name,
         "count": len(samples),
         "bytes": size,
         "sha256": digest,
+        "mark_every": marked.mark_every,
+        "marks": marked.marks,
         "smallest_side": min((side for _, side in samples), default=0),
         "rejects": rejects,
     }
     _write_whole(record, json.dumps(result).encode())
     return result
+
+
+def _offsets(tar: Path) -> list[int]:
+    """Where each sample begins."""
+    with tar.open("rb") as file:
+        return [sample.offset for sample in tars.read_samples(file, passed_over=sys.maxsize)]
 
 
 def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, bytes], int]]:
@@ -409,7 +434,12 @@ def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, byte
             kind = options.encode if tile.dtype == np.uint8 else "png"
             encoded = images.encode(tile, kind)
             ending = _MEMBER_ENDINGS[kind]
-        about = {"source": source.name, "sha256": digest, "tile": [top, left, height, width]}
+        about = {
+            "source": source.name,
+            "sha256": digest,
+            "tile": [top, left, height, width],
+            "crc32": zlib.crc32(encoded),  # of the picture beside it
+        }
         members = {ending: encoded, "json": json.dumps(about).encode()}
         yield members, min(height, width)
 

@@ -18,20 +18,20 @@ import dataclasses
 import functools
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import fsspec
+import braceexpand
 import numpy as np
 import numpy.typing as npt
-import webdataset.tariterators as tariterators
 
+from sr_dist import storage, tars
 from sr_dist.errors import UserError
 
 INDEX_NAME = "index.json"
 FORMAT = 1
-PICTURE_MEMBERS = ("webp", "png", "jpg", "jpeg")
+_MARKS_PER_SHARD = 64
+_MOST_MARKS = 200_000  # in an index, so that it stays small
 _WINDOW_BYTES = 4 * 2**20  # of samples, and of crops, that a lane may hold in memory
 
 
@@ -41,6 +41,16 @@ class Shard:
     count: int  # samples that hold a picture
     bytes: int
     sha256: str
+    # Where samples 0, n, 2n, … begin in the tar, so that reading can start near any of them.
+    mark_every: int = 0
+    marks: tuple[int, ...] = ()
+
+    def mark_before(self, sample: int) -> tuple[int, int]:
+        """(byte, sample) of the last mark that is not behind `sample`."""
+        if not self.marks:
+            return 0, 0
+        number = min(sample // self.mark_every, len(self.marks) - 1)
+        return self.marks[number], number * self.mark_every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,35 +77,54 @@ class Index:
         return f"{self.root}/{self.shards[shard].name}"
 
 
-def read_index(address: str) -> Index:
-    """Read `index.json`, given itself or the folder (or address) that holds it.
+def read_index(address: str, settings: storage.Settings = storage.DEFAULT) -> Index:
+    """Read `index.json`, given itself, the folder (or address) that holds it, or a brace range.
+
+    A brace range, `…/shard-{000000..000099}.tar`, names some of the shards of the index that lies
+    beside them.
 
     Raises:
         UserError: it is missing, unreadable or of another format.
     """
-    if address.endswith(".tar"):
+    names: list[str] | None = None
+    place = address
+    if "{" in address:
+        place, _, pattern = address.rpartition("/")
+        place = place or "."
+        try:
+            names = list(braceexpand.braceexpand(pattern))
+        except ValueError:
+            raise UserError(f"{address}: its braces do not pair") from None
+    elif address.endswith(".tar"):
         raise UserError(
             f"{address} is a tar; expected the folder that holds its {INDEX_NAME}, or that file"
         )
-    path = address if address.endswith(".json") else f"{address.rstrip('/')}/{INDEX_NAME}"
-    root = path.rpartition("/")[0] or "."
+    path = place if place.endswith(".json") else f"{place.rstrip('/')}/{INDEX_NAME}"
+    index = _parse_index(path, _read_json(path, address, settings))
+    return index if names is None else _some_of(index, names, address)
+
+
+def _read_json(path: str, address: str, settings: storage.Settings) -> Any:
     try:
-        with open_address(path) as file:
-            values = json.loads(file.read())
-    except FileNotFoundError as error:
-        if "://" in path:
-            raise UserError(f"cannot read {path}: {error.__cause__ or error}") from None
+        return json.loads(storage.read_bytes(path, settings))
+    except FileNotFoundError:
+        if storage.is_remote(path):
+            raise UserError(f"no shards at {address}: {path} does not exist") from None
         raise UserError(
             f"no shards at {address}: {path} does not exist. Make shards with "
             "'python tools/make_shards.py --images DIR --output DIR', or index existing tars with "
             "'python tools/make_shards.py index DIR'."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
-    except UserError:
-        raise
-    except Exception as error:  # each of fsspec's file systems raises its own
-        raise UserError(f"cannot read {path}: {error!r}") from None
+    except OSError as error:
+        reason = str(error) if path in str(error) else f"cannot read {path}: {error}"
+        raise UserError(reason) from None
+
+
+def _parse_index(path: str, values: Any) -> Index:
     try:
         if values["format"] != FORMAT:
             raise UserError(
@@ -103,76 +132,107 @@ def read_index(address: str) -> Index:
                 "shards again with this version's tools/make_shards.py."
             )
         index = Index(
-            root=root,
+            root=path.rpartition("/")[0] or ".",
             channels=int(values["channels"]),
             smallest_side=int(values["smallest_side"]),
-            shards=tuple(Shard(**shard) for shard in values["shards"]),
+            shards=tuple(_parse_shard(shard) for shard in values["shards"]),
             options=dict(values["options"]),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is not an index of shards: {error!r}") from None
     if not index.samples:
         raise UserError(f"{path} lists no sample")
     return index
 
 
+def _parse_shard(values: Any) -> Shard:
+    """
+    Raises:
+        KeyError, TypeError, ValueError: it is no description of a shard.
+    """
+    marks = tuple(values.get("marks", ()))
+    shard = Shard(**{**values, "marks": marks})
+    numbers = (shard.count, shard.bytes, shard.mark_every, *marks)
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+        raise ValueError(f"expected whole numbers from 0, found {numbers[:5]}")
+    if not isinstance(shard.name, str) or "/" in shard.name or shard.name in ("", ".", ".."):
+        raise ValueError(f"expected the name of a file beside the index, found {shard.name!r}")
+    if not isinstance(shard.sha256, str) or (marks and not shard.mark_every):
+        raise ValueError(f"{shard.name} is described wrongly")
+    return shard
+
+
+def _some_of(index: Index, names: list[str], address: str) -> Index:
+    by_name = {shard.name: shard for shard in index.shards}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise UserError(
+            f"{address}: {index.root}/{INDEX_NAME} lists no {missing[0]} ({len(missing)} of "
+            f"{len(names)} are missing); it has {index.shards[0].name} to {index.shards[-1].name}"
+        )
+    some = dataclasses.replace(index, shards=tuple(by_name[name] for name in names))
+    if not some.samples:
+        raise UserError(f"{address} names no sample")
+    return some
+
+
+def mark(shard: Shard, offsets: Sequence[int], most: int = _MARKS_PER_SHARD) -> Shard:
+    """The shard with `most` marks at most, from where its samples (or its marks so far) begin."""
+    each = max(1, shard.mark_every)  # samples from one of `offsets` to the next
+    step = max(1, -(-len(offsets) // most))
+    return dataclasses.replace(shard, mark_every=each * step, marks=tuple(offsets[::step]))
+
+
 def index_text(
-    channels: int, smallest_side: int, shards: list[Shard], options: dict[str, Any]
+    channels: int, smallest_side: int, shards: Sequence[Shard], options: dict[str, Any]
 ) -> str:
-    """The content of `index.json`."""
-    values = {
+    """The content of `index.json`, a line a shard."""
+    most = max(1, min(_MARKS_PER_SHARD, _MOST_MARKS // max(1, len(shards))))
+    head = {
         "format": FORMAT,
         "channels": channels,
         "smallest_side": smallest_side,
         "samples": sum(shard.count for shard in shards),
         "options": options,
-        "shards": [dataclasses.asdict(shard) for shard in shards],
     }
-    return json.dumps(values, indent=1) + "\n"
-
-
-def open_address(address: str) -> BinaryIO:
-    """Open a local path or an address of any scheme fsspec knows, for reading bytes."""
-    try:
-        file: BinaryIO = fsspec.open(address, "rb").open()
-    except (ValueError, ImportError) as error:  # unknown scheme, or its package is missing
-        raise UserError(f"cannot open {address}: {error}") from None
-    return file
+    lines = ",\n".join(
+        "  " + json.dumps(dataclasses.asdict(mark(shard, shard.marks, most))) for shard in shards
+    )
+    return json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{lines}\n ]\n}}\n'
 
 
 class DamagedShard(ValueError):
     """A tar that cannot be read to its end; the message is the reason, without the tar's name."""
 
 
-def read_samples(address: str) -> Iterator[dict[str, Any]]:
-    """The samples of a tar that hold a picture: dictionaries of member bytes by ending.
+def read_samples(
+    address: str,
+    settings: storage.Settings = storage.DEFAULT,
+    *,
+    offset: int = 0,
+    passed_over: int = 0,
+    size: int | None = None,
+    sha256: str = "",
+) -> Iterator[tars.Sample]:
+    """`tars.read_samples` of a file anywhere, from a sample's `offset` on.
 
-    A sample is the neighbouring members that share a name up to its first dot; its picture is the
-    member whose last ending is that of one. Adds `__key__`, and
-    `picture` with the picture's bytes. A tar cut off between two members just ends: count.
+    `size` and `sha256`: of the tar, if known.
 
     Raises:
         DamagedShard: after the samples that could be read.
     """
-    count = 0
     try:
-        with open_address(address) as file:
-            members = tariterators.tar_file_expander([{"url": address, "stream": file}])
-            for sample in tariterators.group_by_keys(members):
-                found = {ending.rpartition(".")[2]: ending for ending in sample}
-                kind = next((kind for kind in PICTURE_MEMBERS if kind in found), None)
-                if kind is not None:
-                    count += 1
-                    yield {**sample, "picture": sample[found[kind]]}
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        else:  # webdataset adds what it had open to the message
-            reason = str(error.args[0]).partition(" @ ")[0] if error.args else repr(error)
-        raise DamagedShard(f"{reason}, after {count} samples") from error
+        with storage.open_file(address, settings, size=size, sha256=sha256) as file:
+            file.seek(offset)
+            yield from tars.read_samples(file, passed_over=passed_over)
+    except (tars.DamagedTar, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DamagedShard(reason) from error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: counts may be many
 class Plan:
     """The order of samples, a pure function of these numbers (and of nothing else)."""
 
@@ -182,7 +242,7 @@ class Plan:
     crops_per_image: int
     window: int  # neighbouring samples shuffled among themselves
 
-    @property
+    @functools.cached_property
     def samples_per_lane(self) -> int:
         return sum(self.counts) // self.global_batch_size
 
@@ -243,19 +303,17 @@ class Window:
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_line(
-    counts: tuple[int, ...], seed: int, epoch: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+def _epoch_line(plan: Plan, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
     """The permuted shards, the place where each begins, and the offset where the line begins."""
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(counts))
-    ends = np.cumsum(np.asarray(counts, dtype=np.int64)[order])
+    random = np.random.default_rng([plan.seed, epoch])
+    order = random.permutation(len(plan.counts))
+    ends = np.cumsum(np.asarray(plan.counts, dtype=np.int64)[order])
     return order, np.concatenate([[0], ends]), int(random.integers(ends[-1]))
 
 
 def segments(plan: Plan, epoch: int, lane: int, first: int = 0) -> Iterator[Segment]:
     """Where the samples of a lane lie, from its sample number `first` on, in reading order."""
-    order, starts, offset = _epoch_line(plan.counts, plan.seed, epoch)
+    order, starts, offset = _epoch_line(plan, epoch)
     total = int(starts[-1])
     place = (offset + lane * plan.samples_per_lane + first) % total
     left = plan.samples_per_lane - first
@@ -312,13 +370,3 @@ def rows_of_worker(
     return range(
         start + per_rank * worker // num_workers, start + per_rank * (worker + 1) // num_workers
     )
-
-
-def sha256_of_file(address: str) -> tuple[str, int]:
-    """The hash and the number of bytes of a file."""
-    digest, size = hashlib.sha256(), 0
-    with open_address(address) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return digest.hexdigest(), size

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from sr_dist import download, images, shards, web
+from sr_dist import download, images, storage, web
 from sr_dist.dataset import Progress
 from sr_dist.errors import UserError
 from sr_dist.manifest import FAILURES, Manifest, Row, write_failures
@@ -359,7 +359,7 @@ def inspect(path: Path, max_pixels: int) -> tuple[str, str, int]:
         raise images.PictureError(f"cannot be decoded: {error!r}") from None
     if kind not in _SUFFIX_OF:
         raise images.PictureError(f"is of format {kind}; expected {', '.join(_SUFFIX_OF)}")
-    return _SUFFIX_OF[kind], *shards.sha256_of_file(str(path))
+    return _SUFFIX_OF[kind], *storage.sha256_of_file(str(path))
 
 
 def _describe(manifest: Manifest, wanted: Mapping[str, Picture]) -> None:
@@ -381,5 +381,5 @@ def _files_by_hash(manifest: Manifest, output: Path) -> dict[str, str]:
     for path in images.find(output):
         name = path.relative_to(output).as_posix()
         if name not in known:
-            files.setdefault(shards.sha256_of_file(str(path))[0], name)
+            files.setdefault(storage.sha256_of_file(str(path))[0], name)
     return files

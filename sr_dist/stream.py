@@ -7,21 +7,28 @@ step t on, on any number of ranks and workers (see `shards`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sr_dist import images, shards
+from sr_dist import images, shards, storage
 from sr_dist.degradation import Degradation, degrade
 from sr_dist.errors import UserError
 
-Batch = tuple[Tensor, Tensor]  # lr (B, C, H, W), hr (B, C, sH, sW), uint8
+
+class Batch(NamedTuple):
+    lr: Tensor  # (B, C, H, W) uint8
+    hr: Tensor  # (B, C, sH, sW) uint8
+    skipped: tuple[str, ...]  # samples that gave way to others, and why
 
 
 class DataError(UserError):
@@ -32,7 +39,7 @@ class DataError(UserError):
 class CropStream(IterableDataset[Any]):
     """Yields the rows of global steps `first_step` to `last_step` that belong to this worker.
 
-    Each item is `(lr, hr)`, or a `DataError` in place of raising it: an exception that crosses
+    Each item is a `Batch`, or a `DataError` in place of raising it: an exception that crosses
     processes loses its type. Make batches of them with `batches`.
     """
 
@@ -47,6 +54,8 @@ class CropStream(IterableDataset[Any]):
     world_size: int
     first_step: int
     last_step: int
+    on_error: str = "stop"  # or skip: another sample takes the place of one that cannot be used
+    settings: storage.Settings = storage.DEFAULT
 
     def __iter__(self) -> Iterator[Batch | DataError]:
         info = get_worker_info()
@@ -54,7 +63,9 @@ class CropStream(IterableDataset[Any]):
         rows = shards.rows_of_worker(
             self.plan.global_batch_size, self.rank, self.world_size, worker, num_workers
         )
-        lanes = [self._lane(row) for row in rows]
+        _allow_open_files()
+        reader = _Reader(self)
+        lanes = [reader.lane(row) for row in rows]
         try:
             for _ in range(self.first_step, self.last_step):
                 crops = [next(lane) for lane in lanes]
@@ -65,61 +76,9 @@ class CropStream(IterableDataset[Any]):
                     )
                 else:
                     lr = images.downscale(hr, self.scale)
-                yield lr, hr
+                yield Batch(lr, hr, reader.report())
         except DataError as error:
             yield error
-
-    def _lane(self, lane: int) -> Iterator[_Crop]:
-        """The crops of one lane, epoch after epoch."""
-        plan = self.plan
-        epoch, step = divmod(self.first_step, plan.steps_per_epoch)
-        while True:
-            first = next(shards.windows(plan, epoch, lane, step)).first
-            samples = self._read(shards.segments(plan, epoch, lane, first))
-            for window in shards.windows(plan, epoch, lane, step):
-                members = list(itertools.islice(samples, window.size))
-                done = max(0, step - window.first * plan.crops_per_image)
-                yield from self._crops(epoch, members, window.order[done:])
-            epoch, step = epoch + 1, 0
-
-    def _crops(
-        self, epoch: int, members: list[_Member], order: np.ndarray[Any, Any]
-    ) -> Iterator[_Crop]:
-        """Crops in `order`; a member is decoded when its first crop is due, its others kept."""
-        kept: dict[tuple[int, int], _Crop] = {}
-        for sample, crop in order.tolist():
-            if (sample, crop) not in kept:
-                member = members[sample]
-                picture = member.decode(self.channels, self.crop_size)
-                for number in range(crop, self.plan.crops_per_image):
-                    random = np.random.default_rng([self.plan.seed, epoch, member.number, number])
-                    cut = images.random_crop(picture, self.crop_size, random)
-                    # A copy, since a view would keep the whole picture.
-                    hr = member.to_8_bits(cut.copy(), self.bits)
-                    kept[sample, number] = _Crop(hr, random)
-            yield kept.pop((sample, crop))
-
-    def _read(self, segments: Iterator[shards.Segment]) -> Iterator[_Member]:
-        """The undecoded samples of `segments`."""
-        firsts = np.concatenate([[0], np.cumsum(self.plan.counts)])
-        for segment in segments:
-            address = self.index.address(segment.shard)
-            position = 0
-            try:
-                for sample in shards.read_samples(address):
-                    if position >= segment.start:
-                        number = int(firsts[segment.shard]) + position
-                        yield _Member(address, sample["__key__"], number, sample["picture"])
-                    position += 1
-                    if position == segment.stop:
-                        break
-            except shards.DamagedShard as error:
-                raise DataError(_damaged(address, str(error))) from None
-            if position < segment.stop:
-                count = self.plan.counts[segment.shard]
-                raise DataError(
-                    _damaged(address, f"it ends after {position} of {count} indexed samples")
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,42 +89,165 @@ class _Crop:
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    address: str
+    """An undecoded sample, or why there is none."""
+
+    shard: int
+    number: int  # in its shard
     key: str
-    number: int  # of the sample, over all shards of the index
     data: bytes
+    problem: str = ""
 
-    def to_8_bits(self, crop: images.Picture | images.DeepPicture, bits: int) -> images.Picture:
-        try:
-            return images.to_8_bits(crop, bits)
-        except images.PictureError as error:
-            raise DataError(
-                f"shard {self.address}: sample {self.key} {error}; set data.bits"
-            ) from None
 
-    def decode(self, channels: int, crop_size: int) -> images.Picture | images.DeepPicture:
+class _Reader:
+    """The lanes of one worker: what to read is the stream's, kept is what was skipped."""
+
+    def __init__(self, stream: CropStream) -> None:
+        self.stream, self.plan = stream, stream.plan
+        self.skipped: list[str] = []
+        self.first_of_shard = np.concatenate([[0], np.cumsum(self.plan.counts)])
+        self.spare = functools.lru_cache(maxsize=4)(self._spare)
+
+    def report(self) -> tuple[str, ...]:
+        """What was skipped since the last report."""
+        skipped, self.skipped = tuple(self.skipped), []
+        return skipped
+
+    def lane(self, lane: int) -> Iterator[_Crop]:
+        """The crops of one lane, epoch after epoch."""
+        plan = self.plan
+        epoch, step = divmod(self.stream.first_step, plan.steps_per_epoch)
+        while True:
+            first = next(shards.windows(plan, epoch, lane, step)).first
+            samples = self._read(shards.segments(plan, epoch, lane, first))
+            for window in shards.windows(plan, epoch, lane, step):
+                members = list(itertools.islice(samples, window.size))
+                done = max(0, step - window.first * plan.crops_per_image)
+                yield from self._crops(epoch, members, window.order[done:])
+            epoch, step = epoch + 1, 0
+
+    def _crops(
+        self, epoch: int, members: list[_Member], order: npt.NDArray[np.int64]
+    ) -> Iterator[_Crop]:
+        """Crops in `order`; a member is decoded when its first crop is due, its others kept."""
+        kept: dict[tuple[int, int], _Crop] = {}
+        for sample, crop in order.tolist():
+            if (sample, crop) not in kept:
+                picture = self._picture(members, sample)
+                number = int(self.first_of_shard[members[sample].shard]) + members[sample].number
+                for later in range(crop, self.plan.crops_per_image):
+                    random = np.random.default_rng([self.plan.seed, epoch, number, later])
+                    cut = images.random_crop(picture, self.stream.crop_size, random)
+                    # A copy, since a view would keep the whole picture.
+                    hr = images.to_8_bits(cut.copy(), self.stream.bits)
+                    kept[sample, later] = _Crop(hr, random)
+            yield kept.pop((sample, crop))
+
+    def _picture(self, members: list[_Member], sample: int) -> images.Picture | images.DeepPicture:
+        """A member's picture, or in its place the next one's of the window, or another shard's.
+
+        Which one depends on nothing but the plan and the bytes of the shards.
+        """
         try:
-            picture = images.decode(self.data, channels)
+            return self._decode(members[sample])
+        except DataError as error:
+            if self.stream.on_error == "stop":
+                raise
+            self.skipped.append(str(error))
+        for other in [*members[sample + 1 :], *members[:sample]]:
+            try:
+                return self._decode(other)
+            except DataError:
+                continue
+        member = members[sample]
+        spare = self.spare(member.shard)
+        return self._decode(spare[member.number % len(spare)])
+
+    def _spare(self, shard: int) -> list[_Member]:
+        """The usable ones among the first samples of the first shard after `shard` that has any."""
+        others = self.stream.index.shards
+        for other in [*range(shard + 1, len(others)), *range(shard + 1)]:
+            count = min(others[other].count, self.plan.window)
+            found = []
+            segments = [shards.Segment(other, 0, count)] if count else []
+            for member in self._read(iter(segments)):
+                try:
+                    self._decode(member)
+                except DataError:
+                    continue
+                found.append(member)
+            if found:
+                return found
+        raise DataError(f"no sample of {self.stream.index.root} can be used")
+
+    def _read(self, segments: Iterator[shards.Segment]) -> Iterator[_Member]:
+        """The samples of `segments`, those that cannot be read without data."""
+        for segment in segments:
+            shard = self.stream.index.shards[segment.shard]
+            offset, number = shard.mark_before(segment.start)
+            read = shards.read_samples(
+                self.stream.index.address(segment.shard),
+                self.stream.settings,
+                offset=offset,
+                passed_over=segment.start - number,
+                size=shard.bytes,
+                sha256=shard.sha256,
+            )
+            problem = ""
+            try:
+                for sample in read:
+                    if number >= segment.start:
+                        yield _Member(
+                            segment.shard, number, sample.key, sample.picture, sample.problem
+                        )
+                    number += 1
+                    if number == segment.stop:
+                        break
+            except shards.DamagedShard as error:
+                problem = f"{error}, at sample {number} of {shard.count}"
+            if number < segment.stop:
+                problem = problem or f"it ends after {number} of {shard.count} indexed samples"
+                for lost in range(max(number, segment.start), segment.stop):
+                    yield _Member(segment.shard, lost, "", b"", problem)
+
+    def _decode(self, member: _Member) -> images.Picture | images.DeepPicture:
+        """
+        Raises:
+            DataError: the sample cannot be used.
+        """
+        if member.problem and not member.key:
+            raise self._error(member, member.problem)
+        if member.problem:
+            raise self._error(member, f"sample {member.key} {member.problem}")
+        try:
+            picture = images.decode(member.data, self.stream.channels)
         except images.PictureError as error:
-            raise DataError(_damaged(self.address, f"sample {self.key} {error}")) from None
-        if min(picture.shape[:2]) < crop_size:
+            raise self._error(member, f"sample {member.key} {error}") from None
+        if picture.dtype != np.uint8 and int(picture.max()) >= 2**self.stream.bits:
+            raise self._error(
+                member,
+                f"sample {member.key} holds values up to {picture.max()}, for which data.bits "
+                f"{self.stream.bits} are too few",
+            )
+        if min(picture.shape[:2]) < self.stream.crop_size:
             size = f"{picture.shape[1]}x{picture.shape[0]}"
-            raise DataError(
-                _damaged(
-                    self.address,
-                    f"sample {self.key} is {size} pixels, smaller than data.crop_size {crop_size}",
-                )
+            raise self._error(
+                member,
+                f"sample {member.key} is {size} pixels, smaller than data.crop_size "
+                f"{self.stream.crop_size}",
             )
         return picture
 
-
-def _damaged(address: str, what: str) -> str:
-    if "://" not in address and not Path(address).exists():
-        return f"shard {address} is gone; its folder's index.json still lists it. Put it back."
-    return (
-        f"shard {address} is damaged: {what}. 'python tools/make_shards.py verify' lists all that "
-        "is wrong; write the shard again."
-    )
+    def _error(self, member: _Member, what: str) -> DataError:
+        address = self.stream.index.address(member.shard)
+        if not storage.is_remote(address) and not Path(address).exists():
+            return DataError(
+                f"shard {address} is gone; its folder's index.json still lists it. Put it back."
+            )
+        return DataError(
+            f"shard {address} is damaged: {what}. 'python tools/make_shards.py verify' lists all "
+            "that is wrong; write the shard again, or train without such samples with "
+            "stream.on_error=skip."
+        )
 
 
 def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
@@ -188,11 +270,16 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         for _ in range(stream.first_step, stream.last_step):
             # Workers take turns, so consecutive items are the parts of one batch.
             rows = [_checked(next(parts)) for _ in range(max(1, num_workers))]
-            lr, hr = rows[0]
+            batch = rows[0]
             if len(rows) > 1:
-                lr, hr = (torch.cat(part) for part in zip(*rows, strict=True))
-            # Joining would undo what the loader pins.
-            yield (lr.pin_memory(), hr.pin_memory()) if pin_memory else (lr, hr)
+                batch = Batch(
+                    torch.cat([row.lr for row in rows]),
+                    torch.cat([row.hr for row in rows]),
+                    tuple(itertools.chain.from_iterable(row.skipped for row in rows)),
+                )
+            if pin_memory:  # after the joining, which would undo what the loader pins
+                batch = batch._replace(lr=batch.lr.pin_memory(), hr=batch.hr.pin_memory())
+            yield batch
     finally:
         # Left to a traceback, the workers would be ended by the garbage collector, which closes
         # their queues first and then waits 5 s for each.
@@ -207,3 +294,9 @@ def _checked(item: Batch | DataError) -> Batch:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+
+
+def _allow_open_files() -> None:
+    """Each lane keeps a shard open; systems allow more files than they do at first."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

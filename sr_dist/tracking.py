@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from sr_dist import images
 
 log = logging.getLogger(__name__)
+skipped_log = logging.getLogger("sr_dist.skipped")  # of its own, since every rank speaks here
 
 # The columns of the CSV that are means over an epoch's steps, and the scalars they come from.
 EPOCH_MEANS = {
@@ -90,6 +91,24 @@ class Silent(Tracker):
     def picture(self, name: str, picture: images.Picture, epoch: int, step: int) -> None: ...
     def epoch(self, values: Mapping[str, float | int | str]) -> None: ...
     def close(self) -> None: ...
+
+
+class Skipped:
+    """Counts the samples that gave way to others on this rank, and names the first of them."""
+
+    _NAMED = 20
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.named = 0
+
+    def add(self, messages: Sequence[str]) -> None:
+        self.count += len(messages)
+        for message in messages[: self._NAMED - self.named]:
+            skipped_log.warning("skipped: %s", message)
+            self.named += 1
+            if self.named == self._NAMED:
+                skipped_log.warning("further skipped samples are counted, not named")
 
 
 class EpochMeans:

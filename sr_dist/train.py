@@ -26,6 +26,7 @@ from sr_dist import (
     models,
     settings,
     shards,
+    storage,
     stream,
     tracking,
     weights,
@@ -46,6 +47,7 @@ class Result:
 
     folder: Path
     means: list[evaluate.Mean]  # of the last evaluation: bicubic and the model; empty off rank 0
+    skipped: int  # samples that gave way to others, over all ranks and the whole run
     protocol: dict[str, object]
 
 
@@ -73,7 +75,13 @@ def _run(config: Config, processes: Processes) -> Result:
         )
     if config.loss.adversarial.r1_weight and processes.mixed_precision == "fp16":
         raise UserError("loss.adversarial.r1_weight loses its gradient in fp16; use bf16 or no")
-    index = shards.read_index(data.train)
+    reading = storage.Settings(
+        attempts=config.stream.attempts,
+        timeout=config.stream.timeout,
+        cache_dir=config.stream.cache_dir,
+        cache_bytes=config.stream.cache_bytes,
+    )
+    index = shards.read_index(data.train, reading)
     if index.channels < data.channels:
         raise UserError(f"{data.train} holds gray pictures, but data.channels is {data.channels}")
     plan = shards.make_plan(
@@ -107,12 +115,13 @@ def _run(config: Config, processes: Processes) -> Result:
     steps_per_epoch = plan.steps_per_epoch
     total_steps = steps_per_epoch * config.train.epochs
     epoch_means = tracking.EpochMeans(processes.device)
+    skipped = tracking.Skipped(0)
     if first_weights is not None:
         for module in (networks.generator, networks.average):
             weights.load(module, first_weights, str(config.train.start_from))
     if start is not None:
         first_step = start.step
-        _restore(start, processes, networks, epoch_means)
+        _restore(start, processes, networks, epoch_means, skipped)
     step_of_ranks = processes.means({"first": torch.tensor(first_step, device=processes.device)})
     if step_of_ranks["first"] != first_step:
         raise UserError(
@@ -124,7 +133,7 @@ def _run(config: Config, processes: Processes) -> Result:
         distance = lpips.build(Path(config.evaluation.lpips), processes.device)
     if first_step >= total_steps:
         done = first_step // steps_per_epoch
-        return _complete(folder, config, processes, networks, distance, done)
+        return _complete(folder, config, processes, networks, distance, skipped.count, done)
     tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,6 +180,8 @@ def _run(config: Config, processes: Processes) -> Result:
             world_size=processes.world_size,
             first_step=first_step,
             last_step=total_steps,
+            on_error=config.stream.on_error,
+            settings=reading,
         ),
         num_workers=data.num_workers,
         pin_memory=processes.device.type == "cuda",
@@ -183,7 +194,7 @@ def _run(config: Config, processes: Processes) -> Result:
     for step in range(first_step + 1, total_steps + 1):
         images_seen = (step - 1) * batch_size
         asked = time.perf_counter()
-        lr, hr = next(batches)
+        batch = next(batches)
         waited = time.perf_counter() - asked
         rates = gan.apply_settings(
             networks, values_of["optimizer"], images_seen, total_steps * batch_size
@@ -196,18 +207,21 @@ def _run(config: Config, processes: Processes) -> Result:
                 warmup_images=config.train.warmup_images,
                 ramp_images=config.train.ramp_images,
             ),
-            lr,
-            hr,
+            batch.lr,
+            batch.hr,
             images_seen=images_seen,
             images=batch_size,
             accumulation_steps=config.train.accumulation_steps,
         )
         epoch_means.add(scalars)
+        skipped.add(batch.skipped)
         progress.advance(batch_size, waited)
 
         epoch, ends_epoch = (step - 1) // steps_per_epoch + 1, step % steps_per_epoch == 0
         if ends_epoch or step % config.tracking.log_every_steps == 0:
-            values = processes.means(scalars)
+            mine = torch.tensor(float(skipped.count), device=processes.device)
+            values = processes.means({**scalars, "data/skipped": mine})
+            values["data/skipped"] *= processes.world_size
             _stop_on_nonfinite(values, step)
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
             learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
@@ -219,9 +233,11 @@ def _run(config: Config, processes: Processes) -> Result:
         with progress.paused():
             processes.average_buffers(*networks.weights.values())
             epoch_sums = processes.sum(epoch_means.sums)
+            all_skipped = processes.sum(torch.tensor(skipped.count, device=processes.device))
             _stop_on_nonfinite_weights(networks, step)
             # From here on rank 0 alone holds what all ranks have summed, as after a restart.
             epoch_means.sums.copy_(epoch_sums * (processes.is_main and not ends_epoch))
+            skipped.count = int(all_skipped) * processes.is_main
             if processes.is_main:
                 # The checkpoint comes after the evaluation, so that a run killed in between repeats
                 # both; an evaluation that fails takes no training with it.
@@ -235,12 +251,23 @@ def _run(config: Config, processes: Processes) -> Result:
                             folder, config, networks, identity, tracker, epoch, epoch_sums, means
                         )
                 finally:
-                    _save(folder, config, processes, networks, identity, epoch_means, step, epoch)
+                    _save(
+                        folder,
+                        config,
+                        processes,
+                        networks,
+                        identity,
+                        epoch_means,
+                        skipped,
+                        step,
+                        epoch,
+                    )
             processes.wait()
 
     progress.close()
     tracker.close()
-    return Result(folder, means, metrics.protocol(config.evaluation.protocol, data.scale))
+    protocol = metrics.protocol(config.evaluation.protocol, data.scale)
+    return Result(folder, means, skipped.count, protocol)
 
 
 def _complete(
@@ -249,6 +276,7 @@ def _complete(
     processes: Processes,
     networks: gan.Networks,
     distance: evaluate.Distance | None,
+    skipped: int,
     epochs: int,
 ) -> Result:
     """There is nothing to train: measure what is there, and leave the folder as it is."""
@@ -256,7 +284,8 @@ def _complete(
     if processes.is_main:
         log.info("%s has its %d epochs; raise train.epochs to train it further", folder, epochs)
         means = _evaluate(config, networks.evaluated(), distance, tracking.Silent(), epochs, 0)
-    return Result(folder, means, metrics.protocol(config.evaluation.protocol, config.data.scale))
+    protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
+    return Result(folder, means, skipped, protocol)
 
 
 def _changes(path: Path, config: Config) -> list[str]:
@@ -305,6 +334,7 @@ def _restore(
     processes: Processes,
     networks: gan.Networks,
     epoch_means: tracking.EpochMeans,
+    skipped: tracking.Skipped,
 ) -> None:
     for name, module in networks.weights.items():
         # An average that the run did not keep before starts from the generator.
@@ -316,6 +346,7 @@ def _restore(
     processes.load_scaler_state(state["scaler"])
     if processes.is_main:
         epoch_means.sums.copy_(state["epoch_sums"])
+        skipped.count = state["skipped"]
 
 
 def _save(
@@ -325,6 +356,7 @@ def _save(
     networks: gan.Networks,
     identity: Mapping[str, Any],
     epoch_means: tracking.EpochMeans,
+    skipped: tracking.Skipped,
     step: int,
     epoch: int,
 ) -> None:
@@ -336,6 +368,7 @@ def _save(
             "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
             "scaler": processes.scaler_state(),
             "epoch_sums": epoch_means.sums.cpu(),
+            "skipped": skipped.count,
         },
         meta={
             **identity,

@@ -126,18 +126,19 @@ def data(
         shared = {"Content-Type": media_type, **marks[validator], **named}
         asked = handler.headers.get("Range")
         same = handler.headers.get("If-Range") in (None, *marks[validator].values())
-        first = 0
+        first, end = 0, len(body)
         if asked and ranges and (same or ignores_condition):
-            first = int(asked.removeprefix("bytes=").removesuffix("-"))
+            begin, _, final = asked.removeprefix("bytes=").partition("-")
+            first, end = int(begin), min(int(final) + 1, end) if final else end
             if first >= len(body):
                 handler.start(416, {"Content-Length": 0, "Content-Range": f"bytes */{len(body)}"})
                 return
-            span = f"bytes {first}-{len(body) - 1}/{len(body)}"
-            shared = {"Content-Length": len(body) - first, "Content-Range": span, **shared}
+            span = f"bytes {first}-{end - 1}/{len(body)}"
+            shared = {"Content-Length": end - first, "Content-Range": span, **shared}
             handler.start(206, shared)
         else:
             handler.start(200, {"Content-Length": len(body), **shared})
-        last = len(body) if sent is None else min(len(body), sent)
+        last = end if sent is None else min(end, sent)
         handler.wfile.write(body[first:last])
         handler.close_connection = sent is not None
 

@@ -12,7 +12,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sr_dist import images, shard_writer, shards
+from sr_dist import images, shard_writer, shards, storage, tars
 from sr_dist.errors import UserError
 from sr_dist.shard_writer import Options
 
@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def samples(folder: Path) -> list[dict[str, bytes]]:
+def samples(folder: Path) -> list[tars.Sample]:
     found = []
     for tar in sorted(folder.glob("*.tar")):
         found += list(shards.read_samples(str(tar)))
@@ -54,12 +54,12 @@ def test_tiles_make_up_the_picture(photographs: Path, tmp_path: Path) -> None:
     pictures = {path.name: images.decode(path, 3).astype(int) for path in photographs.iterdir()}
     painted = {name: np.full(picture.shape, -1) for name, picture in pictures.items()}
     for sample in samples(tmp_path / "out"):
-        about = json.loads(sample["json"])
+        about = sample.about
         top, left, height, width = about["tile"]
         assert min(height, width) >= 96
         place = painted[about["source"]][top : top + height, left : left + width]
         assert (place == -1).all(), "no pixel is in two tiles"
-        place[:] = images.decode(sample["picture"], 3)
+        place[:] = images.decode(sample.picture, 3)
     for name, picture in pictures.items():
         assert np.array_equal(painted[name], picture)
 
@@ -67,11 +67,11 @@ def test_tiles_make_up_the_picture(photographs: Path, tmp_path: Path) -> None:
 def test_index_says_what_is_there(photographs: Path, tmp_path: Path) -> None:
     result = write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
     index = shards.read_index(str(tmp_path / "out"))
-    keys = [sample["__key__"] for sample in samples(tmp_path / "out")]
+    keys = [sample.key for sample in samples(tmp_path / "out")]
     assert keys == [f"{number:09d}" for number in range(index.samples)]
     assert (result.samples, result.shards, result.rejects) == (len(keys), len(index.shards), 0)
     for number, shard in enumerate(index.shards):
-        digest, size = shards.sha256_of_file(index.address(number))
+        digest, size = storage.sha256_of_file(index.address(number))
         assert (digest, size) == (shard.sha256, shard.bytes)
     assert index.smallest_side == 64
     assert set(contents(tmp_path / "out")) == {"index.json", *(s.name for s in index.shards)}
@@ -82,7 +82,7 @@ def test_tiles_of_a_picture_are_apart_and_say_what_they_are_of(
     photographs: Path, tmp_path: Path
 ) -> None:
     write(photographs, tmp_path / "out", tile=64)
-    about = [json.loads(sample["json"]) for sample in samples(tmp_path / "out")]
+    about = [sample.about for sample in samples(tmp_path / "out")]
     for source in about:
         data = (photographs / source["source"]).read_bytes()
         assert source["sha256"] == hashlib.sha256(data).hexdigest()
@@ -95,7 +95,7 @@ def test_pictures_are_shuffled(tmp_path: Path) -> None:
     for number in range(12):
         Image.new("RGB", (100, 100), (number, 0, 0)).save(tmp_path / "in" / f"{number:02}.png")
     write(tmp_path / "in", tmp_path / "out", samples_per_shard=1)
-    order = [json.loads(sample["json"])["source"] for sample in samples(tmp_path / "out")]
+    order = [sample.about["source"] for sample in samples(tmp_path / "out")]
     assert len(order) == 12 and order != sorted(order)
 
 
@@ -115,17 +115,17 @@ def test_encodings(photographs: Path, tmp_path: Path, encode: str, ending: str) 
     found = samples(tmp_path / "out")
     assert len(found) == 3
     for sample in found:
-        source = photographs / json.loads(sample["json"])["source"]
+        source = photographs / sample.about["source"]
         if encode == "keep":
-            assert sample[ending] == source.read_bytes()
+            assert sample.ending == ending and sample.picture == source.read_bytes()
         elif encode != "jpeg":
-            assert np.array_equal(images.decode(sample[ending], 3), images.decode(source, 3))
+            assert np.array_equal(images.decode(sample.picture, 3), images.decode(source, 3))
 
 
 def test_gray_shards_hold_one_channel(photographs: Path, tmp_path: Path) -> None:
     write(photographs, tmp_path / "out", channels=1, tile=0, encode="png")
     assert shards.read_index(str(tmp_path / "out")).channels == 1
-    with Image.open(io.BytesIO(samples(tmp_path / "out")[0]["png"])) as image:
+    with Image.open(io.BytesIO(samples(tmp_path / "out")[0].picture)) as image:
         assert image.mode == "L"
 
 

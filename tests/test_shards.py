@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sr_dist import shards
+from sr_dist import shards, storage
 from sr_dist.errors import UserError
+from tests.helpers import REPOSITORY
+
+_SLOWNESS = 3  # of a machine that does other things as well
 
 plans = st.builds(
     lambda counts, seed, batch, crops, window: shards.Plan(
@@ -110,8 +115,8 @@ def test_one_shard_gives_other_batches_each_epoch() -> None:
 
 
 def test_shards_are_permuted_and_the_line_is_turned_each_epoch() -> None:
-    counts = (10,) * 20
-    lines = [shards._epoch_line(counts, 0, epoch) for epoch in range(3)]
+    plan = shards.Plan((10,) * 20, 0, 4, 1, 8)
+    lines = [shards._epoch_line(plan, epoch) for epoch in range(3)]
     orders = {tuple(order.tolist()) for order, _, _ in lines}
     assert len(orders) == 3 and all(sorted(order) == list(range(20)) for order in orders)
     assert len({offset for _, _, offset in lines}) == 3
@@ -138,8 +143,10 @@ def test_fingerprint_is_of_the_content() -> None:
 
 
 def test_addresses_that_cannot_be_read_say_why() -> None:
-    with pytest.raises(UserError, match="cannot (open|read) http://127.0.0.1:9/x/index.json"):
-        shards.read_index("http://127.0.0.1:9/x")
+    with pytest.raises(
+        UserError, match="http://127.0.0.1:9/x/index.json cannot be read at byte 0 after 2"
+    ):
+        shards.read_index("http://127.0.0.1:9/x", storage.Settings(attempts=2))
 
 
 def index(**changes: object) -> shards.Index:
@@ -200,3 +207,165 @@ def test_index_reads_back_from_folder_and_file(sharded: Path) -> None:
     assert one == other
     assert one.samples == json.loads((sharded / "index.json").read_text())["samples"]
     assert one.address(0) == f"{sharded}/shard-000000.tar"
+
+
+def test_marks_say_where_samples_begin(sharded: Path) -> None:
+    found = shards.read_index(str(sharded))
+    for number, shard in enumerate(found.shards):
+        samples = list(shards.read_samples(found.address(number)))
+        assert shard.mark_every == 1 and shard.marks == tuple(s.offset for s in samples)
+        for start in (0, 1, len(samples) - 1):
+            offset, first = shard.mark_before(start)
+            assert first == start
+            later = list(shards.read_samples(found.address(number), offset=offset))
+            assert later == samples[start:]
+        passed = list(shards.read_samples(found.address(number), passed_over=3))
+        assert [s.picture for s in passed[:4]] == [b"", b"", b"", samples[3].picture]
+
+
+def test_marks_are_few() -> None:
+    shard = shards.Shard("a.tar", 1000, 10**6, "0")
+    marked = shards.mark(shard, range(0, 10**6, 1000))
+    assert (marked.mark_every, len(marked.marks)) == (16, 63)
+    assert marked.mark_before(999) == (992_000, 992) and marked.mark_before(15) == (0, 0)
+    many = json.loads(shards.index_text(3, 9, [marked] * 10_000, {}))["shards"]
+    assert sum(len(shard["marks"]) for shard in many) <= 200_000
+    assert (many[0]["mark_every"], many[0]["marks"][1]) == (64, 64_000)
+
+
+def test_brace_ranges_name_some_of_the_shards(sharded: Path) -> None:
+    some = shards.read_index(f"{sharded}/shard-{{000001..000002}}.tar")
+    whole = shards.read_index(str(sharded))
+    assert some.shards == whole.shards[1:] and some.root == whole.root
+    with pytest.raises(UserError, match="lists no shard-000003.tar .1 of 4 are missing."):
+        shards.read_index(f"{sharded}/shard-{{000000..000003}}.tar")
+    with pytest.raises(UserError, match="is a tar; expected the folder"):
+        shards.read_index(f"{sharded}/shard-000000.tar")
+
+
+def test_an_index_that_leads_elsewhere_is_refused(sharded: Path, tmp_path: Path) -> None:
+    for change in (
+        {"name": "../../etc/passwd"},
+        {"name": ""},
+        {"count": -1},
+        {"bytes": 2**70},
+        {"marks": ["x"]},
+        {"mark_every": 0},
+        {"count": True},
+        {"sha256": None},
+        {"extra": 1},
+    ):
+        values = json.loads((sharded / "index.json").read_text())
+        values["shards"][1] |= change
+        (tmp_path / "index.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match="is not an index of shards"):
+            shards.read_index(str(tmp_path))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    world_size=st.sampled_from([1, 2, 3, 8, 64, 509, 512]),
+    per_rank=st.integers(1, 3),
+    num_workers=st.integers(0, 8),
+    num_shards=st.integers(1, 5000),
+    seed=st.integers(0, 2**31),
+)
+def test_schedule_of_any_size(
+    world_size: int, per_rank: int, num_workers: int, num_shards: int, seed: int
+) -> None:
+    """Lanes are disjoint, complete and of equal length, and their rows are those of one rank."""
+    random = np.random.default_rng(seed)
+    batch = world_size * per_rank
+    counts = tuple(int(count) for count in random.integers(0, 60, num_shards)) + (batch,)
+    plan = shards.Plan(counts, seed, batch, 2, 16)
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    seen = np.zeros(sum(counts), int)
+    for lane in range(batch):
+        length = 0
+        for segment in shards.segments(plan, 1, lane):
+            assert 0 <= segment.start < segment.stop <= counts[segment.shard]
+            first = int(firsts[segment.shard])
+            seen[first + segment.start : first + segment.stop] += 1
+            length += segment.stop - segment.start
+        assert length == plan.samples_per_lane, "every rank does the same number of steps"
+    assert seen.max() <= 1 and len(seen) - seen.sum() == plan.left_out_per_epoch < batch
+    workers = max(1, num_workers)
+    rows = [
+        shards.rows_of_worker(batch, rank, world_size, worker, workers)
+        for rank in range(world_size)
+        for worker in range(workers)
+    ]
+    assert [row for its in rows for row in its] == list(range(batch))
+
+
+def test_a_billion_samples_are_planned_in_no_time() -> None:
+    """An epoch of 10^9 samples in 100,000 shards, from its middle, for one rank of 512."""
+    script = """
+import resource, time
+from sr_dist import shards
+began = time.perf_counter()
+counts = tuple(9_000 + n % 2_001 for n in range(100_000))
+plan = shards.Plan(counts, 0, 4096, 4, 64)
+step = plan.steps_per_epoch // 2
+opened = []
+for lane in shards.rows_of_worker(4096, 100, 512, 0, 1):
+    window = next(shards.windows(plan, 3, lane, step))
+    segment = next(shards.segments(plan, 3, lane, window.first))
+    opened.append(segment.shard)
+rows = shards.samples_of_step(plan, 3 * plan.steps_per_epoch + step)
+seconds = time.perf_counter() - began
+megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(sum(counts), seconds, megabytes, len(opened), len(set(rows)))
+"""
+    before = subprocess.run(
+        [sys.executable, "-c", "import resource; from sr_dist import shards\n"
+         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"],
+        capture_output=True, text=True, check=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    samples, seconds, megabytes, opened, rows = map(float, done.stdout.split())
+    assert samples > 9.9e8 and (opened, rows) == (8, 4096)
+    assert seconds < 2 * _SLOWNESS and megabytes - float(before.stdout) < 500
+
+
+def distances(plan: shards.Plan, epoch: int) -> float:
+    """How many steps apart neighbours of the file order come, as a share of a full shuffle's."""
+    first = epoch * plan.steps_per_epoch
+    times: dict[tuple[int, int], int] = {}
+    for step in range(plan.steps_per_epoch):
+        for shard, sample, crop in shards.samples_of_step(plan, first + step):
+            if crop == 0:
+                times[shard, sample] = step
+    apart = [
+        abs(times[shard, sample] - times[shard, sample + 1])
+        for shard, sample in times
+        if (shard, sample + 1) in times
+    ]
+    random = np.random.default_rng(0)
+    shuffled = random.permutation(len(times)) // plan.global_batch_size
+    return float(np.mean(apart) / np.abs(np.diff(shuffled)).mean())
+
+
+def test_mixing_against_a_full_shuffle() -> None:
+    """Neighbours stay within a window of their lane; crops of one sample are a round apart.
+
+    The window bounds how far apart neighbours get: with 64 of 1,250 samples a lane, about a
+    twentieth of a full shuffle. Tiles and pictures were shuffled when the shards were written.
+    """
+    plan = shards.Plan((100,) * 100, 0, 8, 1, 64)
+    shares = [distances(plan, epoch) for epoch in range(2)]
+    assert all(0.04 < share < 0.08 for share in shares)
+    whole = shards.Plan((100,) * 100, 0, 8, 1, 1250)
+    assert distances(whole, 0) > 0.6  # two windows a lane
+
+
+def test_crops_of_a_sample_are_about_a_window_apart() -> None:
+    plan = shards.Plan((64,) * 4, 0, 4, 3, 16)
+    times: dict[tuple[int, int], list[int]] = {}
+    for step in range(plan.steps_per_epoch):
+        for shard, sample, _ in shards.samples_of_step(plan, step):
+            times.setdefault((shard, sample), []).append(step)
+    gaps = np.concatenate([np.diff(its) for its in times.values()])
+    assert gaps.min() >= 1 and gaps.mean() == pytest.approx(13, abs=2.5)
