@@ -220,7 +220,7 @@ def _sources(data: str) -> Iterator[tuple[str, bytes | Path]]:
                 count += 1
                 yield f"{Path(shard.name).stem}/{sample.key}", sample.picture
         except shards.DamagedShard as error:
-            raise UserError(f"shard {address} is damaged: {error}") from None
+            raise UserError(f"shard {address} {error}") from None
         if count != shard.count:
             raise UserError(f"shard {address}: {count} samples, the index says {shard.count}")
 

@@ -177,7 +177,7 @@ def index(tars: Sequence[Path], progress: Progress[Any] = lambda items, what, to
                 sides.append(min(images.read_size(sample.picture)))
                 channels = max(channels, images.own_channels(sample.picture))
         except shards.DamagedShard as error:
-            raise UserError(f"{tar} is damaged: {error}") from None
+            raise UserError(f"{tar} {error}") from None
         except images.PictureError as error:
             raise UserError(f"{tar}: sample {sample.key} {error}") from None
         digest, size = storage.sha256_of_file(str(tar))
@@ -213,7 +213,7 @@ def verify(address: str, progress: Progress[Any] = lambda items, what, total: it
                 count += 1
                 problems += _picture_problems(where, sample, found)
         except shards.DamagedShard as error:
-            problems.append(f"{where}: damaged: {error}, after {count} samples")
+            problems.append(f"{where} {error}, after {count} samples")
         if count != shard.count:
             problems.append(f"{where}: {count} samples, the index says {shard.count}")
     return problems

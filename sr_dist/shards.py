@@ -204,7 +204,7 @@ def index_text(
 
 
 class DamagedShard(ValueError):
-    """A tar that cannot be read to its end; the message is the reason, without the tar's name."""
+    """A tar that cannot be read to its end; the message goes on from its name."""
 
 
 def read_samples(
@@ -227,9 +227,10 @@ def read_samples(
         with storage.open_file(address, settings, size=size, sha256=sha256) as file:
             file.seek(offset)
             yield from tars.read_samples(file, passed_over=passed_over)
-    except (tars.DamagedTar, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DamagedShard(reason) from error
+    except tars.DamagedTar as error:
+        raise DamagedShard(f"is damaged: {error}") from error
+    except OSError as error:
+        raise DamagedShard(f"cannot be read: {error.strerror or error}") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: counts may be many

@@ -114,6 +114,9 @@ class _Remote(io.RawIOBase):
         self.place = base + offset
         return self.place
 
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self.read(_BLOCK_BYTES) or b"", b""))
+
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), max(0, self.size - self.place))
         if not wanted:

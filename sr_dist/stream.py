@@ -243,8 +243,10 @@ class _Reader:
             return DataError(
                 f"shard {address} is gone; its folder's index.json still lists it. Put it back."
             )
+        if not what.startswith("cannot be read"):
+            what = f"is damaged: {what.removeprefix('is damaged: ')}"
         return DataError(
-            f"shard {address} is damaged: {what}. 'python tools/make_shards.py verify' lists all "
+            f"shard {address} {what}. 'python tools/make_shards.py verify' lists all "
             "that is wrong; write the shard again, or train without such samples with "
             "stream.on_error=skip."
         )

@@ -23,6 +23,7 @@ def read(
     crops: int = 2,
     batch: int = 6,
     window: int | None = None,
+    seed: int = 3,
     channels: int = 3,
     bits: int = 16,
     degradation: Degradation = NONE,
@@ -44,6 +45,7 @@ def read_batches(
     crops: int,
     batch: int,
     window: int | None,
+    seed: int,
     channels: int,
     bits: int,
     degradation: Degradation,
@@ -52,7 +54,7 @@ def read_batches(
 ) -> list[stream.Batch]:
     index = shards.read_index(str(folder), settings)
     plan = shards.make_plan(
-        index, seed=3, global_batch_size=batch, crops_per_image=crops, crop_size=48
+        index, seed=seed, global_batch_size=batch, crops_per_image=crops, crop_size=48
     )
     if window:
         plan = shards.Plan(plan.counts, plan.seed, batch, crops, window)

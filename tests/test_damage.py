@@ -153,7 +153,7 @@ def test_what_is_skipped_is_reported(sharded: Path, tmp_path: Path) -> None:
         rewrite(tar, key, webp=b"RIFF nonsense", json=b"{}")
     batches = read_batches(
         folder, first=0, last=22, rank=0, world_size=1, num_workers=2, crops=2, batch=6,
-        window=None, channels=3, bits=16, degradation=NONE, on_error="skip",
+        window=None, seed=3, channels=3, bits=16, degradation=NONE, on_error="skip",
         settings=storage.DEFAULT,
     )  # fmt: skip
     messages = [message for batch in batches for message in batch.skipped]

@@ -1,0 +1,377 @@
+"""Shards from real servers: HTTP with every fault, S3, and the cache on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sr_dist import shards, storage, stream
+from sr_dist.errors import UserError
+from tests import local_server
+from tests.local_server import Reply, Server, data, silent, status
+from tests.streams import assert_equal, read
+
+pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+
+QUICK = storage.Settings(attempts=4, timeout=0.5)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
+
+
+def serve(server: Server, folder: Path) -> str:
+    """All files of a folder, and the address of the folder."""
+    for path in folder.iterdir():
+        server.serve(f"/s/{path.name}", data(path.read_bytes()))
+    return server.address("/s")
+
+
+def test_training_reads_over_http_what_lies_on_the_disk(server: Server, sharded: Path) -> None:
+    address = serve(server, sharded)
+    assert shards.read_index(address).fingerprint == shards.read_index(str(sharded)).fingerprint
+    local = read(sharded, last=12)
+    assert_equal(local, read(address, last=12, settings=QUICK))
+    assert_equal(local, read(f"{address}/index.json", last=12, num_workers=2, settings=QUICK))
+    some = f"{address}/shard-{{000001..000002}}.tar"
+    assert_equal(read(f"{sharded}/shard-{{000001..000002}}.tar"), read(some, settings=QUICK))
+
+
+def test_reading_starts_at_a_mark_and_not_at_the_beginning(server: Server, sharded: Path) -> None:
+    address = serve(server, sharded)
+    whole = shards.read_index(address)
+    read(address, first=9, last=10, batch=1, settings=QUICK)
+    asked = [r.headers["Range"] for r in server.requests if r.path.endswith(".tar")]
+    marks = {f"bytes={mark}-" for shard in whole.shards for mark in shard.marks[1:]}
+    assert any(asked[0].startswith(mark) for mark in marks)
+    assert len(asked) <= 4, "the shards of the lane's first window"
+
+
+FAULTS: dict[str, list[Reply]] = {
+    "503": [status(503), status(503)],
+    "500 with a page": [status(500, b"<html>oops</html>")],
+    "a stall": [silent(0.8)],
+    "429": [status(429, b"", Retry_After=1)],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda name: name.replace(" ", "-"))
+def test_faults_that_pass(server: Server, fault: str) -> None:
+    body = os.urandom(100_000)
+    address = server.serve("/a.tar", *FAULTS[fault], data(body))
+    with storage.open_file(address, QUICK, size=len(body)) as file:
+        assert file.read() == body
+    assert len(server.asked("/a.tar")) == len(FAULTS[fault]) + 1
+
+
+def test_a_cut_connection_goes_on_at_the_byte_it_had_got_to(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_BLOCK_BYTES", 30_000)
+    body = os.urandom(100_000)
+    address = server.serve("/a.tar", data(body), data(body, sent=45_000), data(body))
+    with storage.open_file(address, QUICK, size=len(body)) as file:
+        assert b"".join(iter(lambda: file.read(7_000), b"")) == body
+    asked = [request.headers["Range"] for request in server.asked("/a.tar")]
+    assert asked[:3] == ["bytes=0-29999", "bytes=30000-59999", "bytes=30000-59999"]
+
+
+def test_a_wrong_length_is_a_fault(server: Server) -> None:
+    body = os.urandom(1000)
+
+    def short(handler: local_server.Handler) -> None:
+        handler.start(206, {"Content-Length": 600, "Content-Range": "bytes 0-599/1000"})
+        handler.wfile.write(body[:600])
+
+    address = server.serve("/a.tar", short, data(body))
+    with storage.open_file(address, QUICK, size=1000) as file:
+        assert file.read() == body
+    server.serve("/b.tar", short)
+    with pytest.raises(OSError, match=r"b.tar cannot be read at byte 0 after 4 attempts: 600 of"):
+        storage.open_file(server.address("/b.tar"), QUICK, size=1000).read()
+
+
+def test_a_fault_that_stays_names_address_byte_and_attempts(server: Server, sharded: Path) -> None:
+    address = serve(server, sharded)
+    for number in range(3):
+        server.serve(f"/s/shard-{number:06d}.tar", status(503))
+    message = (
+        r"shard http://\S+/s/shard-00000\d.tar cannot be read: http://\S+ cannot be read at byte "
+    )
+    with pytest.raises(stream.DataError, match=message + r"\d+ after 4 attempts: 503"):
+        read(address, settings=QUICK)
+    with pytest.raises(UserError, match="no shards at .*: .*/t/index.json does not exist"):
+        shards.read_index(server.address("/t"), QUICK)
+
+
+def test_servers_without_ranges_need_the_cache(
+    server: Server, sharded: Path, tmp_path: Path
+) -> None:
+    for path in sharded.iterdir():
+        server.serve(f"/s/{path.name}", data(path.read_bytes(), ranges=False))
+    address = server.address("/s")
+    with pytest.raises(stream.DataError, match="does not answer range requests. Set stream.cache"):
+        read(address, settings=QUICK)
+    cached = storage.Settings(attempts=2, timeout=2, cache_dir=str(tmp_path))
+    assert_equal(read(sharded), read(address, settings=cached))
+
+
+def test_the_cache_makes_the_second_epoch_local(
+    server: Server, sharded: Path, tmp_path: Path
+) -> None:
+    address = serve(server, sharded)
+    cached = storage.Settings(attempts=2, timeout=2, cache_dir=str(tmp_path / "cache"))
+    local = read(sharded, last=30, crops=1)
+    assert_equal(local, read(address, last=30, crops=1, settings=cached))
+    asked = len(server.requests)
+    assert_equal(local, read(address, last=30, crops=1, settings=cached))
+    again = [request.path for request in server.requests[asked:]]
+    assert again == ["/s/index.json"]
+    kept = sorted((tmp_path / "cache").glob("*.tar"))
+    hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    assert hashes == {shard.sha256 for shard in shards.read_index(str(sharded)).shards}
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_the_cache_believes_no_other_bytes(server: Server, sharded: Path, tmp_path: Path) -> None:
+    address = serve(server, sharded)
+    cached = storage.Settings(attempts=2, timeout=2, cache_dir=str(tmp_path / "cache"))
+    for path in sharded.glob("*.tar"):
+        changed = bytearray(path.read_bytes())
+        changed[-700] ^= 1
+        server.serve(f"/s/{path.name}", data(bytes(changed)))
+    with pytest.raises(stream.DataError, match=r"bytes with sha256 \w+…, the index says"):
+        read(address, settings=cached)
+    assert not list((tmp_path / "cache").glob("*.tar"))
+
+
+def test_the_cache_keeps_to_its_size(server: Server, sharded: Path, tmp_path: Path) -> None:
+    address = serve(server, sharded)
+    index = shards.read_index(address)
+    sizes = [shard.bytes for shard in index.shards]
+    folder = tmp_path / "cache"
+    cached = storage.Settings(cache_dir=str(folder), cache_bytes=sizes[0] + sizes[1])
+
+    def use(number: int) -> None:
+        shard = index.shards[number]
+        file = storage.open_file(
+            index.address(number), cached, size=shard.bytes, sha256=shard.sha256
+        )
+        assert len(file.read()) == shard.bytes
+        time.sleep(0.02)
+
+    for number in (0, 1, 0, 2):
+        use(number)
+        total = sum(path.stat().st_size for path in folder.glob("*.tar"))
+        assert total <= cached.cache_bytes
+    asked = len(server.requests)
+    use(0)
+    assert len(server.requests) == asked, "the least recently used one has gone"
+    use(1)
+    assert len(server.requests) > asked
+    small = storage.Settings(cache_dir=str(folder), cache_bytes=sizes[0] - 1)
+    with pytest.raises(UserError, match=f"cache_bytes is {sizes[0] - 1}, but .* has {sizes[0]}"):
+        storage.open_file(index.address(0), small, size=sizes[0], sha256=index.shards[0].sha256)
+
+
+def _use_all(address: str, folder: str, order: list[int]) -> int:
+    index = shards.read_index(address)
+    cached = storage.Settings(cache_dir=folder)
+    total = 0
+    for number in order:
+        shard = index.shards[number]
+        with storage.open_file(
+            index.address(number), cached, size=shard.bytes, sha256=shard.sha256
+        ) as file:
+            content = file.read()
+            assert hashlib.sha256(content).hexdigest() == shard.sha256
+            total += len(content)
+    return total
+
+
+@pytest.mark.multiprocess
+def test_several_processes_fill_the_cache_together(
+    server: Server, sharded: Path, tmp_path: Path
+) -> None:
+    address = serve(server, sharded)
+    for path in sharded.glob("*.tar"):
+        server.serve(f"/s/{path.name}", data(path.read_bytes(), delay=0.1))
+    orders = [[0, 1, 2], [2, 1, 0], [1, 0, 2], [0, 2, 1]]
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        results = [pool.apply_async(_use_all, (address, str(tmp_path), order)) for order in orders]
+        totals = {result.get(timeout=60) for result in results}
+    assert totals == {sum(path.stat().st_size for path in sharded.glob("*.tar"))}
+    for path in sharded.glob("*.tar"):
+        asked = [r for r in server.asked(f"/s/{path.name}")]
+        assert len(asked) == 1, "one process fetches for all"
+
+
+@pytest.mark.parametrize(
+    "address", ["pipe:cat x", "nosuch://x/index.json", "ftp://x/y", "memory://x", "github://a:b@c"]
+)
+def test_other_schemes_are_refused(address: str) -> None:
+    with pytest.raises(UserError):
+        shards.read_index(address)
+    with pytest.raises(UserError, match="pipe|expected a local path or an address of http, https"):
+        storage.open_file(address)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def bucket(sharded: Path) -> Iterator[str]:
+    """A real S3 server (moto's) that holds the shards."""
+    pytest.importorskip("moto.server", reason="moto is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    port = free_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        import s3fs
+
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline and running.poll() is None
+                time.sleep(0.1)
+        s3 = s3fs.S3FileSystem(skip_instance_cache=True)
+        s3.mkdir("pictures")
+        for path in sharded.iterdir():
+            s3.put_file(str(path), f"pictures/deep/{path.name}")
+        yield "s3://pictures/deep"
+    finally:
+        running.terminate()
+        running.wait(20)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def test_shards_in_s3(bucket: str, sharded: Path, tmp_path: Path) -> None:
+    local = read(sharded, last=12)
+    assert_equal(local, read(bucket, last=12))
+    assert_equal(local, read(f"{bucket}/index.json", last=12, num_workers=2))
+    cached = storage.Settings(cache_dir=str(tmp_path))
+    assert_equal(local, read(bucket, last=12, settings=cached))
+    with pytest.raises(UserError, match="no shards at s3://pictures/none"):
+        shards.read_index("s3://pictures/none")
+
+
+def flaky(body: bytes, seed: int, share: float = 0.2) -> Reply:
+    """Every now and then a 503, a silence, a cut connection, or a wrong length."""
+    random, lock = np.random.default_rng(seed), threading.Lock()
+    cut = data(body, sent=len(body) // 2)
+
+    def reply(handler: local_server.Handler) -> None:
+        with lock:
+            draw = random.random() / share
+        if draw < 0.3:
+            status(503)(handler)
+        elif draw < 0.4:
+            silent(1.5)(handler)
+        elif draw < 0.7:
+            cut(handler)
+        elif draw < 1:
+            handler.start(206, {"Content-Length": 10})
+            handler.wfile.write(bytes(10))
+        else:
+            data(body)(handler)
+
+    return reply
+
+
+@pytest.mark.multiprocess
+def test_a_run_from_a_faulty_server_killed_and_resumed_sees_the_samples_of_an_unbroken_one(
+    server: Server, sharded: Path, photographs: Path, tmp_path: Path
+) -> None:
+    """Two ranks over HTTP, killed at a step; one rank goes on; against a local run's rows."""
+    for number, path in enumerate(sorted(sharded.iterdir())):
+        server.serve(f"/s/{path.name}", flaky(path.read_bytes(), number))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+run: {{name: far, output_dir: {tmp_path}/runs}}
+data: {{train: "{server.address("/s")}", validation: {photographs}/chelsea.png, crop_size: 48,
+  crops_per_image: 1, num_workers: 1}}
+stream: {{timeout: 1, attempts: 20}}
+model: {{generator: {{num_channels: 4, num_blocks: 1}}}}
+loss: {{content: {{weight: 0}}, adversarial: {{weight: 0}}}}
+train: {{epochs: 2, global_batch_size: 8}}
+checkpoint: {{every_steps: 5}}
+"""
+    )
+    worker = str(Path(__file__).parent / "workers" / "record_rows.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    with subprocess.Popen(
+        [*launcher, "--nproc_per_node", "2", worker, str(recipe), str(seen / "first"), "0.2"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as running:
+        deadline = time.monotonic() + 120
+        while not (seen / "first-0").exists() or len((seen / "first-0").read_text().split()) < 9:
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.05)
+        os.killpg(running.pid, 9)
+    done = subprocess.run(
+        [sys.executable, worker, str(recipe), str(seen / "second"), "0"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+
+    def rows(name: str) -> dict[int, list[str]]:
+        lines = (seen / name).read_text().splitlines() if (seen / name).exists() else []
+        return {step: hashes for step, hashes in map(json.loads, lines)}
+
+    expected = {}
+    for step, (_, hr) in enumerate(read(sharded, last=36, crops=1, batch=8, seed=0), start=1):
+        expected[step] = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in hr]
+    ranks, second = [rows(f"first-{rank}") for rank in range(2)], rows("second-0")
+    killed = min(max(its) for its in ranks)
+    assert killed >= 9 and min(second) <= killed + 1 and max(second) == 36
+    for step in range(1, 37):
+        if step in second:
+            assert second[step] == expected[step]
+        else:
+            assert ranks[0][step] + ranks[1][step] == expected[step]
