@@ -17,6 +17,7 @@ LEVELS = [
     {"errors"},
     {"settings", "images", "distributed", "weights", "manifest", "web"},
     {"config", "models", "losses", "metrics", "shards", "degradation", "download"},
+    {"model_files"},
     {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale", "lpips"},
     {"evaluate", "sources"},
     {"report", "archives"},
