@@ -39,7 +39,8 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         type=Path,
         metavar="FILE_OR_RUN",
-        help="a run's folder, a checkpoint's, or a .pth.tar file; may be given several times",
+        help="a run's folder, a checkpoint's, a .pth.tar file, an exported model, or owner/name on "
+        "Hugging Face; may be given several times",
     )
     parser.add_argument(
         "--method",

@@ -29,7 +29,8 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         type=Path,
         metavar="FILE_OR_RUN",
-        help="a run's folder, a checkpoint's folder, or a .pth.tar file",
+        help="a run's folder, a checkpoint's, a .pth.tar file, an exported model, or owner/name on "
+        "Hugging Face",
     )
     parser.add_argument(
         "--input", required=True, nargs="+", type=Path, metavar="PATH", help="pictures and folders"

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sr_dist import models, weights
+from sr_dist import model_files, models, weights
 from sr_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -178,21 +178,25 @@ def save_published(module: nn.Module, path: Path, description: dict[str, Any]) -
     os.replace(partial, path)
 
 
-def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A generator in evaluation mode and its description, from any of the files that hold one.
+def load_generator(
+    path: Path | str, revision: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A generator in evaluation mode and its description, from anything that holds one.
 
-    `path`: a run's folder or one of its checkpoints (the averaged weights where there are some), or
-    a `.pth.tar` in the published format, ours or another's.
+    `path`: a run's folder or one of its checkpoints (the averaged weights where there are some), a
+    `.pth.tar` in the published format, ours or another's, a folder or `.safetensors` file that
+    `export` wrote, or `owner/name`, a Hugging Face repository with what is in such a folder.
+    `revision`: that repository's branch, tag or commit.
 
     Raises:
         UserError: there is none, or its weights do not fit.
     """
-    state, description = _read(path)
+    state, description, where = _read(Path(path), revision)
     try:
         generator = models.build_generator(**description)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} holds a model that this version does not know: {error}") from None
-    weights.load(generator, state, str(path))
+        raise UserError(f"{where} holds a model that this version does not know: {error}") from None
+    weights.load(generator, state, where)
     return generator.eval(), description
 
 
@@ -202,30 +206,23 @@ def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         UserError: there is none, or its architecture is another.
     """
-    state, found = _read(path)
+    state, found, where = _read(path)
     differing = [
         f"{key} {found.get(key)} instead of {description[key]}"
         for key in description
         if found.get(key) != description[key]
     ]
     if differing:
-        raise UserError(f"{path} holds another generator: {', '.join(differing)}")
+        raise UserError(f"{where} holds another generator: {', '.join(differing)}")
     return state
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if path.is_dir():
-        checkpoint = _checkpoint_in(path)
-        held = "ema" if checkpoint.has("ema") else "generator"
-        return checkpoint.weights(held), checkpoint.meta["generator"]
-    if path.is_file():
-        return _read_published(path)
-    raise UserError(
-        f"{path} does not exist; expected a run's folder, a checkpoint's, or a .pth.tar file"
-    )
+def find_in(path: Path) -> Checkpoint:
+    """The checkpoint that `path` is, or the newest of a run's folder.
 
-
-def _checkpoint_in(path: Path) -> Checkpoint:
+    Raises:
+        UserError: there is none that is whole.
+    """
     if (path / META).exists():
         return verify(path, _GENERATORS)
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -239,18 +236,39 @@ def _checkpoint_in(path: Path) -> Checkpoint:
     return found
 
 
+def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The state dict of a generator, its description, and what messages call its place."""
+    repository = None if path.exists() else model_files.repository(path)
+    if repository is not None:
+        where = f"{repository} (Hugging Face)"
+        return *model_files.read_folder(model_files.download(repository, revision), where), where
+    if revision is not None:
+        raise UserError(f"{path} is no Hugging Face repository, and has no revision {revision}")
+    if model_files.is_folder(path):
+        return *model_files.read_folder(path), str(path)
+    if path.is_dir():
+        checkpoint = find_in(path)
+        held = "ema" if checkpoint.has("ema") else "generator"
+        return checkpoint.weights(held), checkpoint.meta["generator"], str(path)
+    if path.is_file():
+        is_safetensors = path.suffix == model_files.SUFFIX
+        read = model_files.read_file if is_safetensors else _read_published
+        return *read(path), str(path)
+    raise UserError(
+        f"{path} does not exist; expected a run's folder, a checkpoint's, an exported model's, a "
+        ".pth.tar or .safetensors file, or owner/name on Hugging Face"
+    )
+
+
 def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     values = weights.read(path)
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise UserError(f'{path} is no generator: expected {{"model": state_dict}}')
     state = values["model"]
-    try:
-        description = values.get(EXTRA) or models.infer_generator(state)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: {error}") from None
-    if "head" in description:
+    described = values.get(EXTRA) or {}
+    if isinstance(described, dict) and "head" in described:
         raise UserError(f"{path} holds a discriminator; expected a generator (netG_…)")
-    return state, description
+    return state, model_files.fitting(described, state, str(path))
 
 
 def _folders(folder: Path) -> list[Path]:

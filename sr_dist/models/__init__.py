@@ -9,6 +9,8 @@ from torch.nn.utils import parametrizations
 
 from sr_dist.models import srgan, swift_srgan, unet
 
+GENERATORS = {"swift_srgan": swift_srgan.Generator, "srgan": srgan.Generator}
+
 
 def build_generator(
     name: str,
@@ -22,11 +24,10 @@ def build_generator(
 ) -> nn.Module:
     """A generator (N, channels, H, W) → (N, channels, scale·H, scale·W), both nominally in [0, 1].
 
-    `name`: swift_srgan or srgan. Every generator has `reach`: the LR pixels on each side that one
+    `name`: a key of `GENERATORS`. Every generator has `reach`: the LR pixels on each side that one
     output pixel depends on.
     """
-    family = {"swift_srgan": swift_srgan.Generator, "srgan": srgan.Generator}[name]
-    return family(
+    return GENERATORS[name](
         scale=scale,
         channels=channels,
         num_channels=num_channels,
