@@ -7,6 +7,7 @@ is kept in `.progress/` until `index.json` takes its place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,9 +16,11 @@ import json
 import os
 import shutil
 import sys
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,43 +97,44 @@ def write(
     output: Path,
     options: Options,
     *,
-    workers: int = 1,
+    executor: Executor | None = None,
     strict: bool = False,
     progress: Progress[Any] = lambda items, what, total: items,
 ) -> Summary:
     """Write `pictures` (path, recorded name) as shards and `index.json` into `output`.
 
-    Goes on where a stopped run of the same pictures and options was. Pictures that cannot be used
-    are listed in `rejects.jsonl`, or are fatal with `strict`.
+    `executor`: any of `concurrent.futures`'s kind whose workers see the same paths; None: this
+    process. Goes on where a stopped run of the same pictures and options was. Pictures that
+    cannot be used are listed in `rejects.jsonl`, or are fatal with `strict`.
 
     Raises:
         UserError: `output` holds something else, no picture can be used, or `strict` met a reject.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; expected a folder, or nothing, there")
-    with _mapper(workers) as run:
-        read = run(functools.partial(_probe, options), pictures)
-        sources = list(progress(read, "reading", len(pictures)))
-        _stop_on_reject(sources, strict)
-        recorded = {**dataclasses.asdict(options), "inputs": _fingerprint(sources)}
-        done = _open_output(output, recorded)
-        if done is not None:
-            return done
-        try:
-            jobs = _jobs([source for source in sources if not source.reject], output, options)
-            results = []
-            for result in progress(run(_write_shard, jobs), "writing", len(jobs)):
-                results.append(result)
-                _stop_on_reject([_Source(Path(), **reject) for reject in result["rejects"]], strict)
-            rejects = [{"name": s.name, "reject": s.reject} for s in sources if s.reject]
-            rejects += [reject for result in results for reject in result["rejects"]]
-            written = [result for result in results if result["count"]]
-            if not written:
-                first = f"{rejects[0]['name']} {rejects[0]['reject']}"
-                raise UserError(f"none of {len(pictures)} pictures can be used; first: {first}")
-        except UserError:
-            _remove_ours(output)
-            raise
+    run = map if executor is None else executor.map
+    read = run(functools.partial(_probe, options), pictures)
+    sources = list(progress(read, "reading", len(pictures)))
+    _stop_on_reject(sources, strict)
+    recorded = {**dataclasses.asdict(options), "inputs": _fingerprint(sources)}
+    done = _open_output(output, recorded)
+    if done is not None:
+        return done
+    try:
+        jobs = _jobs([source for source in sources if not source.reject], output, options)
+        results = []
+        for result in progress(run(_write_shard, jobs), "writing", len(jobs)):
+            results.append(result)
+            _stop_on_reject([_Source(Path(), **reject) for reject in result["rejects"]], strict)
+        rejects = [{"name": s.name, "reject": s.reject} for s in sources if s.reject]
+        rejects += [reject for result in results for reject in result["rejects"]]
+        written = [result for result in results if result["count"]]
+        if not written:
+            first = f"{rejects[0]['name']} {rejects[0]['reject']}"
+            raise UserError(f"none of {len(pictures)} pictures can be used; first: {first}")
+    except UserError:
+        _remove_ours(output)
+        raise
     # The list of rejects comes first: index.json marks the shards as complete.
     lines = "".join(
         json.dumps({"source": reject["name"], "reason": reject["reject"]}) + "\n"
@@ -238,18 +242,28 @@ def _picture_problems(where: str, sample: tars.Sample, found: shards.Index) -> I
         yield f"{where}: sample {sample.key}: {side} pixels, below the index's smallest side"
 
 
-class _mapper:
-    """`with _mapper(n) as run: run(function, items)` maps in order, in n processes."""
+@contextlib.contextmanager
+def local_workers(number: int) -> Iterator[Executor | None]:
+    """An executor of so many processes on this machine; None for one, which is this process.
 
-    def __init__(self, workers: int) -> None:
-        self.executor = ProcessPoolExecutor(workers) if workers > 1 else None
+    What is not begun when the block ends is left.
 
-    def __enter__(self) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
-        return self.executor.map if self.executor else map
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.executor:
-            self.executor.shutdown(wait=True, cancel_futures=True)
+    Raises:
+        UserError: a process died.
+    """
+    if number == 1:
+        yield None
+        return
+    executor = ProcessPoolExecutor(number)
+    try:
+        yield executor
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of the {number} worker processes died, as they do where memory runs out. Run the "
+            "same command to go on, with fewer --workers or a smaller --samples-per-shard."
+        ) from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _fingerprint(sources: Sequence[_Source]) -> str:
@@ -287,8 +301,9 @@ def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
             f"{output} holds tars without an {shards.INDEX_NAME}; choose another --output, or "
             f"index them with 'python tools/make_shards.py index {output}'"
         )
-    for partial in output.glob("shard-*.tar.part"):
-        partial.unlink()
+    for pattern in ("shard-*.part", f".{shards.INDEX_NAME}.*.part", ".rejects.jsonl.*.part"):
+        for partial in output.glob(pattern):
+            partial.unlink()
     progress.mkdir(exist_ok=True)
     _write_whole(inputs, json.dumps(recorded).encode())
     return None
@@ -378,7 +393,8 @@ def _write_shard(job: _Job) -> dict[str, Any]:
             rejects.append({"name": source.name, "reject": str(error)})
     # Tiles of one picture are apart in the shard.
     order = np.random.default_rng([job.options.seed, job.number]).permutation(len(samples))
-    partial = target.with_suffix(".tar.part")
+    # Of its own name, since a worker that was taken for dead may still be writing the same shard.
+    partial = target.with_suffix(f".{uuid.uuid4().hex[:8]}.part")
     with partial.open("wb") as file:
         with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
             for place, number in enumerate(order.tolist()):
@@ -445,7 +461,7 @@ def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, byte
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     with partial.open("wb") as file:
         file.write(data)
         file.flush()

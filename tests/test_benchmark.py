@@ -21,6 +21,13 @@ def test_step_prints_one_json_object_last() -> None:
     assert result["config"]["batch_size"] == 2 and result["versions"]["torch"]
 
 
+def test_memory_is_flat() -> None:
+    done = succeed("tools/benchmark.py", "memory", "--samples", 4000)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["samples"], result["what"]) == (4000, "memory") and result["epochs"] >= 10
+    assert result["reference"] > 50 and result["ratio"] < 1.05
+
+
 def test_impossible_sizes_are_refused() -> None:
     command = ("tools/benchmark.py", "step")
     assert "--repetitions: expected 1 or more" in refuse(*command, "--repetitions", 0)

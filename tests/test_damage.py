@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +67,19 @@ def small(tar: Path) -> None:
     rewrite(tar, samples(tar)[4].key, webp=None, png=picture, json=b"{}")
 
 
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it is 40,000 pixels wide and high."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BOMB = bomb()
+
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut in a header": (cut(lambda s: s.offset + 100), "it is cut off inside the header at byte"),
     "cut between members": (cut(lambda s: s.offset), "it is cut off at byte"),
@@ -83,6 +98,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an undecodable picture": (
         lambda tar: rewrite(tar, samples(tar)[4].key, webp=b"RIFF nonsense", json=b"{}"),
         r"sample 0000000\d\d no picture",
+    ),
+    "a decompression bomb": (
+        lambda tar: rewrite(tar, samples(tar)[4].key, webp=None, png=BOMB, json=b"{}"),
+        r"sample 0000000\d\d .*exceeds limit",
     ),
     "a small picture": (small, "is 90x20 pixels, smaller than data.crop_size 48"),
 }

@@ -18,13 +18,14 @@ from sr_dist.shard_writer import Options
 
 
 def write(source: Path, output: Path, workers: int = 1, strict: bool = False, **options: object):
-    return shard_writer.write(
-        images.list_pictures(source),
-        output,
-        Options(**options),  # type: ignore[arg-type]
-        workers=workers,
-        strict=strict,
-    )
+    with shard_writer.local_workers(workers) as executor:
+        return shard_writer.write(
+            images.list_pictures(source),
+            output,
+            Options(**options),  # type: ignore[arg-type]
+            executor=executor,
+            strict=strict,
+        )
 
 
 def contents(folder: Path) -> dict[str, bytes]:

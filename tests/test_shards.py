@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sr_dist import shards, storage
@@ -369,3 +369,45 @@ def test_crops_of_a_sample_are_about_a_window_apart() -> None:
             times.setdefault((shard, sample), []).append(step)
     gaps = np.concatenate([np.diff(its) for its in times.values()])
     assert gaps.min() >= 1 and gaps.mean() == pytest.approx(13, abs=2.5)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=12,
+)
+
+
+def refused_or_read(folder: Path, content: bytes) -> None:
+    (folder / "index.json").write_bytes(content)
+    try:
+        assert shards.read_index(str(folder)).samples > 0
+    except UserError as error:
+        assert "index.json" in str(error)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_an_index_of_any_bytes_is_refused_or_read(
+    tmp_path: Path, sharded: Path, data: st.DataObject
+) -> None:
+    whole = json.loads((sharded / "index.json").read_text())
+    place: dict[str, object] = whole
+    if data.draw(st.booleans()):
+        place = whole["shards"][data.draw(st.integers(0, len(whole["shards"]) - 1))]
+    name = data.draw(st.sampled_from([*place, "new"]))
+    place[name] = data.draw(JSON)
+    refused_or_read(tmp_path, json.dumps(whole).encode())
+    text = bytearray((sharded / "index.json").read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    refused_or_read(tmp_path, bytes(text))
+    refused_or_read(tmp_path, data.draw(st.binary(max_size=200)))
+
+
+def test_a_deep_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="is not valid JSON"):
+        shards.read_index(str(tmp_path))

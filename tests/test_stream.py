@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from sr_dist import images, shard_writer, shards, stream
 from sr_dist.degradation import Degradation
@@ -172,3 +173,31 @@ def test_whole_pictures_are_crops_too(sharded: Path, photographs: Path, tmp_path
     files = sorted(int(images.decode(path, 3).sum()) for path in tmp_path.glob("*.png"))
     assert sums == files, "each picture once, whole, in one of its symmetries"
     assert batches[0].lr.shape == (2, 3, 32, 32)
+
+
+def test_foreign_shards_can_be_trained_on(photographs: Path, tmp_path: Path) -> None:
+    """As img2dataset lays them out: jpg, json and txt, and samples without a picture."""
+    astronaut = images.decode(photographs / "astronaut.png", 3)
+    written = set()
+    for shard in range(2):
+        path = tmp_path / f"{shard:05d}.tar"
+        with webdataset.TarWriter(str(path), encoder=False) as tar:
+            for number in range(7):
+                top = 20 * (7 * shard + number)
+                picture = images.encode(astronaut[top : top + 48, :48].copy(), "jpeg")
+                written.add(images.decode(picture, 3).tobytes())
+                about = b'{"url": "http://x", "status": "success"}'
+                key = f"{shard:05d}{number:04d}"
+                tar.write({"__key__": key, "jpg": picture, "txt": b"words", "json": about})
+                tar.write({"__key__": key + "x", "txt": b"", "json": b'{"status": "failed"}'})
+    shard_writer.index(sorted(tmp_path.glob("*.tar")))
+    batches = read(tmp_path, last=2, crops=1, num_workers=1)
+    rows = [row.permute(1, 2, 0).numpy() for _, hr in batches for row in hr]
+    assert len(rows) == 12
+    seen = set()
+    for row in rows:
+        turned = [np.rot90(r, k) for r in (row, row.transpose(1, 0, 2)) for k in range(4)]
+        found = {np.ascontiguousarray(t).tobytes() for t in turned} & written
+        assert len(found) == 1
+        seen |= found
+    assert len(seen) == 12, "each sample once"

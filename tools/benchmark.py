@@ -5,8 +5,10 @@ import argparse
 import dataclasses
 import json
 import platform
+import resource
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +17,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from sr_dist import config, gan, losses, models
+from sr_dist import config, dataset, gan, losses, models, shard_writer, shards, stream
+from sr_dist.degradation import Degradation
 from sr_dist.distributed import Processes, joined
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
 example:
   python tools/benchmark.py step --batch-size 8 --crop-size 96
+
+memory: resident memory of a process that reads samples from shards of the scikit-image photographs,
+after a tenth of them and after all (the reference is the tenth).
 
 step: pictures/s of a training step of Swift-SRGAN with all four losses. The reference is the loop
 of the original scripts: two forwards of the generator, NCHW, the discriminator's backward through
@@ -44,7 +50,10 @@ def parse_arguments() -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=("step",))
+    parser.add_argument("what", choices=("step", "memory"))
+    parser.add_argument(
+        "--samples", type=int, default=50_000, metavar="N", help="memory: samples read"
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N")
     parser.add_argument("--crop-size", type=int, default=96, metavar="N")
     parser.add_argument("--scale", type=int, default=4, choices=(2, 4, 8))
@@ -184,6 +193,56 @@ def measure_step_on(processes: Processes, arguments: argparse.Namespace) -> dict
     }
 
 
+def measure_memory(arguments: argparse.Namespace) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [(path, path.name) for path in dataset.find_sample_photographs()]
+        with shard_writer.local_workers(2) as executor:
+            options = shard_writer.Options(tile=128, samples_per_shard=100)
+            shard_writer.write(pictures, Path(folder), options, executor=executor)
+        index = shards.read_index(folder)
+        plan = shards.make_plan(
+            index,
+            seed=0,
+            global_batch_size=arguments.batch_size,
+            crops_per_image=1,
+            crop_size=arguments.crop_size,
+        )
+        steps = arguments.samples // arguments.batch_size
+        source = stream.CropStream(
+            index=index,
+            plan=plan,
+            scale=arguments.scale,
+            channels=3,
+            crop_size=arguments.crop_size,
+            bits=16,
+            degradation=Degradation(),
+            rank=0,
+            world_size=1,
+            first_step=0,
+            last_step=steps,
+        )
+        resident = [
+            resident_megabytes()
+            for step, _ in enumerate(stream.batches(source, num_workers=0, pin_memory=False))
+            if step + 1 in (max(1, steps // 10), steps)
+        ]
+    return {
+        "what": "memory",
+        "ours": round(resident[-1], 1),
+        "reference": round(resident[0], 1),
+        "ratio": round(resident[-1] / resident[0], 3),
+        "unit": "MB resident",
+        "samples": steps * arguments.batch_size,
+        "epochs": steps // plan.steps_per_epoch,
+        **about_this_checkout(),
+    }
+
+
+def resident_megabytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
 def about_this_checkout() -> dict[str, object]:
     here = Path(__file__).resolve().parent
     described = subprocess.run(
@@ -202,7 +261,7 @@ def about_this_checkout() -> dict[str, object]:
 def main() -> None:
     arguments = parse_arguments()
     with exit_on_user_error():
-        for name in ("batch_size", "crop_size", "repetitions"):
+        for name in ("batch_size", "crop_size", "repetitions", "samples"):
             if getattr(arguments, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option}: expected 1 or more, found {getattr(arguments, name)}")
@@ -211,7 +270,8 @@ def main() -> None:
                 f"--crop-size: expected a multiple of {arguments.scale}, 32 or more, found "
                 f"{arguments.crop_size}"
             )
-        result = measure_step(arguments)
+        measures = {"step": measure_step, "memory": measure_memory}
+        result = measures[arguments.what](arguments)
     print(json.dumps(result))
 
 

@@ -2,8 +2,11 @@
 """Write pictures as tar shards for streaming, index shards made by others, or verify shards."""
 
 import argparse
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +18,7 @@ examples:
   python tools/make_shards.py --images data/images/train.txt --output data/shards
   python tools/make_shards.py index laion/00000.tar laion/00001.tar
   python tools/make_shards.py verify data/shards
+  python tools/make_shards.py --images /nfs/images --output /nfs/shards --dask tcp://host:8786
 
 Output: WebDataset tars (shard-000000.tar, …) with a picture and a .json for each sample, index.json
 with count, bytes and sha256 of each tar, and rejects.jsonl where pictures could not be used. The
@@ -77,6 +81,11 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         metavar="N",
         help="processes (default: one for each processor)",
     )
+    parser.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="a Dask scheduler, tcp://host:8786, whose workers do the work instead",
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first rejected picture")
     return parser.parse_args(words)
 
@@ -120,19 +129,53 @@ def write(arguments: argparse.Namespace) -> None:
         min_size=arguments.min_size,
         seed=arguments.seed,
     )
-    result = shard_writer.write(
-        images.list_pictures(arguments.images),
-        arguments.output,
-        options,
-        workers=arguments.workers,
-        strict=arguments.strict,
-        progress=progress,
-    )
+    pictures = images.list_pictures(arguments.images)
+    output = arguments.output
+    if arguments.dask:  # its workers may have another working folder
+        pictures = [(path.resolve(), name) for path, name in pictures]
+        output = output.resolve()
+    with (
+        dask_workers(arguments.dask)
+        if arguments.dask
+        else shard_writer.local_workers(arguments.workers) as executor
+    ):
+        result = shard_writer.write(
+            pictures,
+            output,
+            options,
+            executor=executor,
+            strict=arguments.strict,
+            progress=progress,
+        )
     done = "complete already: " if result.already_complete else ""
     rejected = f", {result.rejects} rejected (rejects.jsonl)" if result.rejects else ""
     print(
         f"{arguments.output}: {done}{result.samples} samples in {result.shards} shard(s){rejected}"
     )
+
+
+@contextlib.contextmanager
+def dask_workers(address: str) -> Iterator[Executor]:
+    """The workers of a Dask cluster, which must see the same folders under the same names."""
+    try:
+        import distributed
+    except ImportError:
+        raise UserError("--dask needs distributed: pip install 'sr_dist[cluster]'") from None
+    try:
+        client = distributed.Client(address, timeout="10s")
+    except (OSError, TimeoutError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--dask: no scheduler answers at {address}: {reason}") from None
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise UserError(f"--dask: the scheduler at {address} has no workers; start some first")
+        try:
+            yield client.get_executor(pure=False)
+        except distributed.scheduler.KilledWorker as error:
+            raise UserError(
+                f"--dask: workers died again and again over the same shard ({error}); run the same "
+                "command to go on, with a smaller --samples-per-shard or workers with more memory"
+            ) from None
 
 
 def index(given: list[str]) -> None:

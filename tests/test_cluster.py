@@ -1,0 +1,138 @@
+"""Shards made by a Dask cluster: a real scheduler and two workers on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sr_dist import images, shard_writer, shards
+from tests.helpers import REPOSITORY, refuse, run, succeed
+from tests.test_storage import free_port
+
+pytest.importorskip("distributed", reason="distributed (Dask) is not installed")
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[int]]]:
+    """The scheduler's address and the process ids of its two workers."""
+    folder = tmp_path_factory.mktemp("cluster")
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    options |= {"cwd": folder, "env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}}
+    dask = [sys.executable, "-m", "dask"]
+    local = ["--host", "127.0.0.1", "--no-dashboard"]
+    running = [subprocess.Popen([*dask, "scheduler", *local, "--port", str(port)], **options)]
+    for _ in range(2):
+        worker = [*dask, "worker", address, *local, "--nthreads", "1", "--no-nanny"]
+        running.append(subprocess.Popen(worker, **options))
+    import distributed
+
+    deadline = time.monotonic() + 90
+    while True:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in running)
+        try:
+            with distributed.Client(address, timeout="5s") as client:
+                client.wait_for_workers(2, timeout=60)
+                break
+        except OSError:
+            time.sleep(0.2)
+    yield address, [process.pid for process in running[1:]]
+    for process in running:
+        process.kill()
+        process.wait(20)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_cluster_writes_the_same_bytes_also_when_a_worker_dies(
+    cluster: tuple[str, list[int]], photographs: Path, tmp_path: Path
+) -> None:
+    address, workers = cluster
+    options = ("--tile", 64, "--samples-per-shard", 1, "--images", photographs)
+    succeed("tools/make_shards.py", *options, "--output", tmp_path / "local", "--workers", 1)
+    done = succeed(
+        *("tools/make_shards.py", *options, "--output", "far", "--dask", address),
+        cwd=tmp_path,
+    )
+    assert "3 shard(s)" in done.stdout
+    assert contents(tmp_path / "far") == contents(tmp_path / "local")
+
+    many = tmp_path / "many"
+    many.mkdir()
+    coffee = images.decode(photographs / "coffee.png", 3)
+    for number in range(24):
+        images.save(coffee[number:, :].copy(), many / f"{number:02}.png")
+    options = ("--tile", 64, "--samples-per-shard", 1, "--images", many)
+    with subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "tools" / "make_shards.py"), *map(str, options)]
+        + ["--output", str(tmp_path / "killed"), "--dask", address],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as making:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "killed").glob("*.tar"))) < 3:
+            assert time.monotonic() < deadline and making.poll() is None
+            time.sleep(0.01)
+        os.kill(workers[0], signal.SIGKILL)
+        _, said = making.communicate(timeout=120)
+    assert making.returncode == 0, said
+    assert len(shards.read_index(str(tmp_path / "killed")).shards) == 24
+    succeed("tools/make_shards.py", *options, "--output", tmp_path / "alone", "--workers", 2)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "alone")
+
+
+def test_a_scheduler_that_does_not_answer(photographs: Path, tmp_path: Path) -> None:
+    message = refuse(
+        *("tools/make_shards.py", "--images", photographs, "--output", tmp_path / "out"),
+        *("--dask", f"tcp://127.0.0.1:{free_port()}"),
+    )
+    assert "--dask: no scheduler answers at tcp://127.0.0.1" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_local_worker_that_dies_is_said_and_the_run_goes_on(
+    photographs: Path, tmp_path: Path
+) -> None:
+    """Killed as a machine without memory kills: the shards that were finished are kept."""
+    many = tmp_path / "many"
+    many.mkdir()
+    coffee = images.decode(photographs / "coffee.png", 3)
+    for number in range(24):
+        images.save(coffee[number:, :].copy(), many / f"{number:02}.png")
+    command = [sys.executable, str(REPOSITORY / "tools" / "make_shards.py"), "--tile", "64"]
+    command += ["--samples-per-shard", "1", "--images", str(many), "--workers", "2"]
+    with subprocess.Popen(
+        [*command, "--output", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as making:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "out").glob("*.tar"))) < 3:
+            assert time.monotonic() < deadline and making.poll() is None
+            time.sleep(0.005)
+        children = Path(f"/proc/{making.pid}/task/{making.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, said = making.communicate(timeout=60)
+    assert making.returncode == 2 and "one of the 2 worker processes died" in said
+    assert "Traceback" not in said
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert 3 <= len(kept) < 24
+    assert run(*command[1:], "--output", str(tmp_path / "out")).returncode == 0
+    assert shard_writer.verify(str(tmp_path / "out")) == []
+    assert not list((tmp_path / "out").glob("*.part"))
+    for name, written in kept.items():
+        assert (tmp_path / "out" / name).stat().st_mtime_ns == written, "not written again"
