@@ -151,7 +151,7 @@ def _run(config: Config, processes: Processes) -> Result:
             f"{models.count_parameters(networks.generator):,}",
         )
         log.info(
-            "training on %d samples in %d shards (%d left out of each epoch, others each time), "
+            "training on %d samples in %d shard(s) (%d left out of each epoch, others each time), "
             "%d crops of each: %d steps of %d crops an epoch; validation on %d pictures",
             index.samples,
             len(index.shards),
