@@ -9,7 +9,7 @@ import hashlib
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from sr_dist.errors import UserError, said_once_a_node
-
-# Ranks that wait while rank 0 evaluates must outlast it.
-_TIMEOUT = datetime.timedelta(hours=2)
+from sr_dist.errors import LostRank, UserError, said_once_a_node
+from sr_dist.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Processes:
     world_size: int
     device: torch.device
     mixed_precision: str  # no, bf16 or fp16
+    watch: Watch
 
     @property
     def is_main(self) -> bool:
@@ -91,21 +90,53 @@ class Processes:
         joined = self.sum(torch.stack(list(scalars.values())).double()) / self.world_size
         return dict(zip(scalars, joined.tolist(), strict=True))
 
-    def average_buffers(self, *modules: nn.Module) -> None:
-        """Give all ranks the mean of their floating-point buffers: BatchNorm's statistics."""
-        if self.world_size == 1:
-            return
-        buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
-        if not buffers:
-            return
-        joined = self.sum(torch.cat([b.flatten() for b in buffers])) / self.world_size
-        parts = torch.split(joined, [b.numel() for b in buffers])
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
+    @contextlib.contextmanager
+    def averaged_buffers(self, modules: Collection[nn.Module]) -> Iterator[Tensor]:
+        """Inside, all ranks' modules hold the mean of their floating-point buffers.
 
-    def wait(self) -> None:
-        """Return when every rank is here."""
-        self.accelerator.wait_for_everyone()
+        Those are BatchNorm's statistics. Afterwards each has its own again, so that a look at the
+        modules, or a checkpoint, changes nothing of the training. Yields the own buffers of all
+        ranks, (world size, numbers).
+        """
+        own = _flat_buffers(modules)
+        everyone = own.new_zeros(self.world_size, own.numel())
+        everyone[self.rank] = own
+        everyone = self.sum(everyone)
+        _set_buffers(modules, everyone.sum(0) / self.world_size)
+        try:
+            yield everyone
+        finally:
+            _set_buffers(modules, own)
+
+    def set_buffers(self, modules: Collection[nn.Module], everyone: Tensor) -> None:
+        """Give the modules back what `averaged_buffers` yielded, if there were as many ranks."""
+        if len(everyone) == self.world_size:
+            _set_buffers(modules, everyone[self.rank])
+
+    def wait_for_main(self, what: str) -> None:
+        """Return when rank 0 is here with the same `what`, however long that takes."""
+        if self.is_main:
+            self.watch.tell(what)
+        else:
+            self.watch.wait_for(what)
+
+
+def _buffers(modules: Collection[nn.Module]) -> list[Tensor]:
+    return [b for module in modules for b in module.buffers() if b.is_floating_point()]
+
+
+def _flat_buffers(modules: Collection[nn.Module]) -> Tensor:
+    device = next(next(iter(modules)).parameters()).device
+    flat = [buffer.flatten() for buffer in _buffers(modules)]
+    return torch.cat(flat) if flat else torch.zeros(0, device=device)
+
+
+@torch.no_grad()
+def _set_buffers(modules: Collection[nn.Module], values: Tensor) -> None:
+    buffers = _buffers(modules)
+    parts = torch.split(values, [buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
 
 
 def _is_first_to_say(message: str) -> bool:
@@ -124,15 +155,17 @@ def launched_world_size() -> int:
 
 
 @contextlib.contextmanager
-def joined(mixed_precision: str | None, seed: int) -> Iterator[Processes]:
+def joined(mixed_precision: str | None, seed: int, timeout: float = 600.0) -> Iterator[Processes]:
     """Join the processes that `accelerate launch` (or torchrun) started, or be the only one.
 
     `mixed_precision`: no, bf16, fp16, or None for what accelerate launch was told. Build what holds
     wrapped modules in a function called inside, so that they are gone when the group is closed: an
-    interpreter that ends while gloo's threads still work is aborted.
+    interpreter that ends while gloo's threads still work is aborted. `timeout`: seconds that a rank
+    may give no sign of life, or keep the others waiting in a step.
 
     Raises:
         UserError: fp16 without a GPU; accelerate would compute in fp32 and not say so.
+        LostRank: the others do not answer any more.
     """
     on_cpu = not torch.cuda.is_available()
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -145,7 +178,7 @@ def joined(mixed_precision: str | None, seed: int) -> Iterator[Processes]:
         kwargs_handlers=[
             # BatchNorm's buffers are averaged before they are used, not sent at every forward.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_TIMEOUT),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
         ],
     )
     if not on_cpu:
@@ -154,15 +187,36 @@ def joined(mixed_precision: str | None, seed: int) -> Iterator[Processes]:
         torch.backends.cudnn.allow_tf32 = True
     # All ranks build the same weights; nothing in a step draws from this generator.
     torch.manual_seed(seed)
+    several = accelerator.num_processes > 1
+    watch = Watch(
+        accelerator.process_index,
+        accelerator.num_processes,
+        torch.distributed.distributed_c10d._get_default_store() if several else None,
+        timeout,
+    )
     processes = Processes(
         accelerator=accelerator,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         device=accelerator.device,
         mixed_precision=str(accelerator.mixed_precision),
+        watch=watch,
     )
     try:
-        yield processes
+        with watch:
+            try:
+                yield processes
+            except RuntimeError as error:
+                if not several or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                missing = watch.missing()
+                if not missing:
+                    raise
+                traceback.clear_frames(error.__traceback__)
+                raise LostRank(
+                    f"rank {', '.join(map(str, missing))} is gone; run the same command to go on "
+                    "from the last checkpoint"
+                ) from None
     except BaseException as error:
         if isinstance(error, UserError) and processes.world_size > 1:
             error.silent = not _is_first_to_say(str(error))

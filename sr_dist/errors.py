@@ -37,6 +37,14 @@ class UserError(ValueError):
     silent = False
 
 
+class LostRank(RuntimeError):
+    """Another process of the run has gone, which is no mistake and no defect of this one."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run after a checkpoint; the same command goes on from there."""
+
+
 @contextlib.contextmanager
 def exit_on_user_error(again: str = "") -> Iterator[None]:
     """Turn a `UserError` into its message on standard error and exit status 2.
@@ -50,6 +58,13 @@ def exit_on_user_error(again: str = "") -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _say(f"stopped. {again}".rstrip(), kind="")
         raise SystemExit(GO_ON if again else INTERRUPTED) from None
+    except Stopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            _say(str(error), kind="")
+        raise SystemExit(GO_ON) from None
+    except LostRank as error:
+        _say(str(error))
+        raise SystemExit(1) from None
     except UserError as error:
         if not error.silent:
             _say(str(error))

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -296,6 +297,9 @@ def _checked(item: Batch | DataError) -> Batch:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+    # What stops a run is sent to all its processes, but the rank decides, and needs its batches.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _allow_open_files() -> None:

@@ -34,7 +34,7 @@ from sr_dist import (
 from sr_dist.config import Config, to_yaml
 from sr_dist.degradation import Degradation
 from sr_dist.distributed import Processes
-from sr_dist.errors import UserError
+from sr_dist.errors import Stopped, UserError
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,13 @@ def run(config: Config) -> Result:
 
     Raises:
         UserError: the configuration does not fit the data, the machine or the run's checkpoint.
+        Stopped: a signal came; a checkpoint has been written.
+        LostRank: another rank is gone.
     """
-    with distributed.joined(config.train.mixed_precision, config.run.seed) as processes:
-        return _run(config, processes)
+    timeout = 60 * config.run.timeout_minutes
+    with distributed.joined(config.train.mixed_precision, config.run.seed, timeout) as processes:
+        with processes.watch.signals():
+            return _run(config, processes)
 
 
 def _run(config: Config, processes: Processes) -> Result:
@@ -193,6 +197,7 @@ def _run(config: Config, processes: Processes) -> Result:
     means: list[evaluate.Mean] = []
     for step in range(first_step + 1, total_steps + 1):
         images_seen = (step - 1) * batch_size
+        processes.watch.begin(step)
         asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
@@ -226,43 +231,39 @@ def _run(config: Config, processes: Processes) -> Result:
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
             learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
             tracker.scalars({**values, **speed, **learning_rates}, step)
+        stops = processes.watch.due("stop", step)
         saves = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-        if not (ends_epoch or saves):
+        if not (ends_epoch or saves or stops):
             continue
 
-        with progress.paused():
-            processes.average_buffers(*networks.weights.values())
+        with progress.paused(), processes.averaged_buffers(networks.weights.values()) as buffers:
             epoch_sums = processes.sum(epoch_means.sums)
             all_skipped = processes.sum(torch.tensor(skipped.count, device=processes.device))
             _stop_on_nonfinite_weights(networks, step)
             # From here on rank 0 alone holds what all ranks have summed, as after a restart.
             epoch_means.sums.copy_(epoch_sums * (processes.is_main and not ends_epoch))
             skipped.count = int(all_skipped) * processes.is_main
+            evaluates = epoch % config.evaluation.every_epochs == 0 or step == total_steps
             if processes.is_main:
-                # The checkpoint comes after the evaluation, so that a run killed in between repeats
-                # both; an evaluation that fails takes no training with it.
+                # The checkpoint comes after the evaluation, so that a run killed in between
+                # repeats both; an evaluation that fails takes no training with it.
                 try:
                     if ends_epoch:
-                        if epoch % config.evaluation.every_epochs == 0 or step == total_steps:
-                            means = _evaluate(
-                                config, networks.evaluated(), distance, tracker, epoch, step
-                            )
+                        look = (config, networks.evaluated(), distance, tracker, epoch, step)
+                        means = _evaluate(*look) if evaluates else []
                         _end_epoch(
                             folder, config, networks, identity, tracker, epoch, epoch_sums, means
                         )
                 finally:
-                    _save(
-                        folder,
-                        config,
-                        processes,
-                        networks,
-                        identity,
-                        epoch_means,
-                        skipped,
-                        step,
-                        epoch,
-                    )
-            processes.wait()
+                    state = _state(processes, networks, epoch_means, skipped, buffers)
+                    _save(folder, config, processes, networks, identity, state, step, epoch)
+            processes.wait_for_main(f"step {step}")
+        if stops:
+            tracker.close()
+            raise Stopped(
+                f"stopped by {processes.watch.signal or 'another rank'} at step {step} of "
+                f"{total_steps}; the same command goes on from there"
+            )
 
     progress.close()
     tracker.close()
@@ -341,6 +342,8 @@ def _restore(
         held = name if start.has(name) else "generator"
         weights.load(module, start.weights(held), str(start.folder))
     state = start.training()
+    if all(start.has(name) for name in networks.weights):
+        processes.set_buffers(networks.weights.values(), state["buffers"].to(processes.device))
     for name, optimizer in networks.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     processes.load_scaler_state(state["scaler"])
@@ -349,14 +352,30 @@ def _restore(
         skipped.count = state["skipped"]
 
 
+def _state(
+    processes: Processes,
+    networks: gan.Networks,
+    epoch_means: tracking.EpochMeans,
+    skipped: tracking.Skipped,
+    buffers: torch.Tensor,
+) -> dict[str, Any]:
+    """What a run needs beside its weights to go on."""
+    return {
+        "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
+        "scaler": processes.scaler_state(),
+        "epoch_sums": epoch_means.sums.cpu(),
+        "skipped": skipped.count,
+        "buffers": buffers.cpu(),
+    }
+
+
 def _save(
     folder: Path,
     config: Config,
     processes: Processes,
     networks: gan.Networks,
     identity: Mapping[str, Any],
-    epoch_means: tracking.EpochMeans,
-    skipped: tracking.Skipped,
+    state: dict[str, Any],
     step: int,
     epoch: int,
 ) -> None:
@@ -364,12 +383,7 @@ def _save(
         folder / "checkpoints",
         step=step,
         modules=networks.weights,
-        training={
-            "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
-            "scaler": processes.scaler_state(),
-            "epoch_sums": epoch_means.sums.cpu(),
-            "skipped": skipped.count,
-        },
+        training=state,
         meta={
             **identity,
             "epoch": epoch,
@@ -446,13 +460,12 @@ def _end_epoch(
     means: list[evaluate.Mean],
 ) -> None:
     """The row of the CSV, and the networks in the published format."""
-    evaluated = epoch % config.evaluation.every_epochs == 0 or epoch == config.train.epochs
     tracker.epoch(
         {
             "Epoch": epoch,
             **tracking.epoch_row(epoch_sums),
-            "PSNR": means[-1].psnr if evaluated else "",
-            "SSIM": means[-1].ssim if evaluated else "",
+            "PSNR": means[-1].psnr if means else "",
+            "SSIM": means[-1].ssim if means else "",
         }
     )
     name = f"{config.data.scale}x_epoch{epoch}.pth.tar"

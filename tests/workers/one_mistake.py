@@ -10,4 +10,4 @@ with exit_on_user_error(), distributed.joined("no", seed=0) as processes:
         raise UserError("everywhere alike")
     if processes.rank == 1:
         raise UserError("only here")
-    processes.wait()
+    processes.wait_for_main("end")

@@ -53,11 +53,12 @@ def main(processes: distributed.Processes) -> None:
         "differing_buffers_before_averaging": differing(networks, "buffers"),
         "means": processes.means({"rank": torch.tensor(float(processes.rank))}),
     }
-    processes.average_buffers(*networks.weights.values())
-    found |= {
-        "differing_parameters": differing(networks, "parameters"),
-        "differing_buffers": differing(networks, "buffers"),
-    }
+    with processes.averaged_buffers(networks.weights.values()):
+        found |= {
+            "differing_parameters": differing(networks, "parameters"),
+            "differing_buffers": differing(networks, "buffers"),
+        }
+    found["differing_buffers_afterwards"] = differing(networks, "buffers")
     if processes.is_main:
         print(json.dumps(found), flush=True)
 

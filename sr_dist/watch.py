@@ -1,0 +1,221 @@
+"""Signs of life and agreement between ranks, in a thread of its own: no step waits for it.
+
+Each rank tells a store, which the launcher keeps, that it lives and which step it is at. Rank 0
+watches the others, and they it. What all ranks must do at the same step (stop, save) is asked for
+by any of them; rank 0 then names a step that is far enough ahead for every rank to have heard.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PERIOD = 0.25  # seconds between two looks at the store
+_AHEAD = 2.0  # seconds that every rank has to hear of an agreement
+_SILENT = 3.0  # seconds without a sign of life that tell of a rank, once something is wrong
+_GONE = 1  # exit status
+
+
+class Store(Protocol):
+    """What is used of `torch.distributed.Store`."""
+
+    def set(self, key: str, value: str) -> object: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+
+
+class LateForAgreement(RuntimeError):
+    """This rank heard of an agreement after the step that it was for."""
+
+
+class Watch:
+    """One rank's part. `store` is None where there is one rank: it agrees with itself at once.
+
+    `timeout`: seconds without a sign of life after which a rank counts as lost; the others then end
+    with a message that names it.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: Store | None, timeout: float) -> None:
+        self.rank, self.world_size, self.store, self.timeout = rank, world_size, store, timeout
+        self.step = 0  # the one that this rank has begun, kept by the loop
+        self.began = time.monotonic()
+        self.first_step = 0
+        self.asked: set[str] = set()
+        self.agreed: dict[str, int] = {}  # what → step at whose end
+        self.rounds: dict[str, int] = {}  # how often something was agreed on and done
+        self.signal: str = ""  # the name of the one that came first
+        self.beats = 0
+        self.heard: dict[int, tuple[str, float]] = {}  # rank → last sign, when it changed
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._live, daemon=True, name="watch")
+
+    def __enter__(self) -> Watch:
+        if self.store is not None:
+            self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closing.set()
+        if self.store is not None:
+            self.thread.join(10)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Let the first SIGTERM, SIGINT or SIGUSR1 ask for a stop, and the same again stop at once.
+
+        Different ones count once: a terminal sends SIGINT to all, and the launcher then SIGTERM.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if not self.step:  # nothing has begun that could be lost
+                raise KeyboardInterrupt
+            name = signal.Signals(number).name
+            if self.signal == name:
+                os._exit(128 + number)
+            if not self.signal:
+                self.signal = name
+                self.ask("stop")
+
+        before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
+            each: signal.signal(each, ask) for each in SIGNALS
+        }
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+    def begin(self, step: int) -> None:
+        """The loop begins `step`."""
+        if not self.first_step:
+            self.first_step, self.began = step, time.monotonic()
+        self.step = step
+
+    def ask(self, what: str) -> None:
+        """Ask that all ranks do something (a word, as `stop`) at the end of the same step."""
+        self.asked.add(what)
+
+    def due(self, what: str, step: int) -> bool:
+        """Whether all ranks do it at the end of this `step`.
+
+        Raises:
+            LateForAgreement: the others did it at an earlier one.
+        """
+        if self.store is None:
+            found = what in self.asked
+            self.asked.discard(what)
+            return found
+        if what not in self.agreed:
+            return False
+        at = self.agreed[what]
+        if step > at:
+            raise LateForAgreement(f"rank {self.rank} is at step {step}; {what} was due at {at}")
+        if step == at:
+            self.rounds[what] = self.rounds.get(what, 0) + 1
+            self.asked.discard(what)
+            del self.agreed[what]
+            return True
+        return False
+
+    def wait_for(self, key: str) -> None:
+        """Return when another rank has told `key`. A wait may take any time, while all live."""
+        if self.store is not None:
+            while not self.store.check([f"told/{key}"]):
+                time.sleep(0.02)
+
+    def tell(self, key: str) -> None:
+        if self.store is not None:
+            self.store.set(f"told/{key}", "1")
+
+    def missing(self) -> list[int]:
+        """After something went wrong between ranks: those that give no sign of life any more."""
+        assert self.store is not None
+        time.sleep(_SILENT)
+        try:
+            if self.rank == 0:
+                quiet = self._quiet()
+                self.store.set("quiet", " ".join(map(str, quiet)))
+                time.sleep(_SILENT)  # in which the others read it: the store may go with this rank
+                return quiet
+            if self._quiet():
+                return [0]
+            until = time.monotonic() + 2 * _SILENT
+            while time.monotonic() < until and not self.store.check(["quiet"]):
+                time.sleep(0.05)
+            found = self.store.get("quiet").decode() if self.store.check(["quiet"]) else ""
+            return [int(rank) for rank in found.split()]
+        except RuntimeError:  # the store went with the process that kept it
+            return [0]
+
+    def _quiet(self) -> list[int]:
+        self._listen()
+        now = time.monotonic()
+        return [r for r, (_, when) in sorted(self.heard.items()) if now - when >= _SILENT - _PERIOD]
+
+    def _live(self) -> None:
+        assert self.store is not None
+        while not self.closing.wait(_PERIOD):
+            try:
+                self.beats += 1
+                self.store.set(f"alive/{self.rank}", f"{self.beats} {self.step}")
+                self._agree()
+                self._listen()
+            except RuntimeError:  # the store is gone, and with it the launcher or rank 0
+                if not self.closing.is_set():
+                    self._end("the process that keeps the ranks together is gone")
+                return
+            now = time.monotonic()
+            lost = [r for r, (_, when) in self.heard.items() if now - when > self.timeout]
+            if lost:
+                names = ", ".join(map(str, sorted(lost)))
+                self._end(f"no sign of life from rank {names} for {self.timeout:.0f} s")
+
+    def _agree(self) -> None:
+        assert self.store is not None
+        for what in ("stop", "save"):
+            key = f"{what}/{self.rounds.get(what, 0)}"
+            if what in self.asked:
+                self.store.set(f"asked/{key}", "1")
+            if self.rank == 0 and what not in self.agreed and self.store.check([f"asked/{key}"]):
+                if not self.store.check([f"agreed/{key}"]):
+                    self.store.set(f"agreed/{key}", str(self.step + self._steps_ahead()))
+            if what not in self.agreed and self.store.check([f"agreed/{key}"]):
+                self.agreed[what] = int(self.store.get(f"agreed/{key}"))
+
+    def _steps_ahead(self) -> int:
+        steps = max(1, self.step - self.first_step)
+        seconds = max(1e-3, (time.monotonic() - self.began) / steps)
+        return 2 + int(_AHEAD / seconds)
+
+    def _listen(self) -> None:
+        """Rank 0 listens to all others, and they to it."""
+        assert self.store is not None
+        now = time.monotonic()
+        for rank in range(1, self.world_size) if self.rank == 0 else [0]:
+            key = f"alive/{rank}"
+            sign = self.store.get(key).decode() if self.store.check([key]) else ""
+            if rank not in self.heard or self.heard[rank][0] != sign:
+                self.heard[rank] = (sign, now)
+
+    def _end(self, why: str) -> None:
+        """The loop may wait for a collective that never ends: nothing else gets it out."""
+        log.error(
+            "error (rank %d): %s; run the same command to go on from the last checkpoint",
+            self.rank,
+            why,
+        )
+        logging.shutdown()
+        os._exit(_GONE)
