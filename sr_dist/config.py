@@ -237,6 +237,15 @@ class Train:
         "a run, checkpoint or .pth.tar whose generator a new run starts from",
         path=True,
     )
+    on_nonfinite: str = setting(
+        "stop",
+        "after an update that was left out because its gradient was not finite: stop ends the run, "
+        "skip goes on and counts it",
+        choices=("stop", "skip"),
+    )
+    nonfinite_in_a_row: int = setting(
+        10, "steps in a row without an update after which skip stops too", minimum=1
+    )
     ema_half_life: float = setting(
         0,
         "crops after which a weight counts half in the averaged generator; 0: no average",

@@ -57,18 +57,31 @@ class Processes:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(module)  # type: ignore[no-any-return]
 
-    def clip_gradients(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """Shorten gradients to the `clip_norm` of the optimiser's group. Returns their length.
+    def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Update what the optimiser trains, unless its gradient is not finite.
 
-        None where there is no such setting. Accelerate's own clipping would undo the loss scale of
-        every optimiser at once.
+        The gradient is first cut to the `clip_norm` of the optimiser's group, if it has one; its
+        length before that is returned. Nothing waits for the device: the fused optimiser looks at
+        the length there. Reduced gradients are the same on all ranks, and so is what they decide.
+        Accelerate's own clipping would undo the loss scale of every optimiser at once.
         """
         (group,) = optimizer.param_groups
-        if group.get("clip_norm") is None:
-            return None
-        if self.accelerator.scaler:
-            self.accelerator.scaler.unscale_(optimizer.optimizer)  # type: ignore[attr-defined]
-        return nn.utils.clip_grad_norm_(group["params"], group["clip_norm"])
+        scaler, bare = self.accelerator.scaler, optimizer.optimizer  # type: ignore[attr-defined]
+        if scaler:
+            scaler.unscale_(bare)
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        length = nn.utils.get_total_norm(gradients)
+        if group.get("clip_norm") is not None:
+            nn.utils.clip_grads_with_norm_(group["params"], group["clip_norm"], length)
+        if scaler:  # which leaves such a step out itself, and lowers its scale
+            optimizer.step()
+            return length
+        bare.found_inf, bare.grad_scale = (~torch.isfinite(length)).float(), None
+        try:
+            optimizer.step()
+        finally:
+            del bare.found_inf, bare.grad_scale
+        return length
 
     def scaler_state(self) -> dict[str, Any]:
         """The state of the gradient scaler; empty without fp16."""

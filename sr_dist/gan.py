@@ -167,14 +167,18 @@ def training_step(
     images_seen: int,
     images: int,
     accumulation_steps: int = 1,
+    keep_statistics: bool = False,
 ) -> Scalars:
     """Update everything once on `lr` (B, C, H, W) and `hr` (B, C, sH, sW), uint8 on any device.
 
     The discriminator learns where the objective has an adversarial weight. `images_seen`: before
     this step; `images`: in it, over all ranks. `accumulation_steps`: the batch is computed in so
-    many parts, all of the discriminator's before all of the generator's.
+    many parts, all of the discriminator's before all of the generator's. `keep_statistics`: put
+    BatchNorm's back where the step made them other than finite. An update whose gradient is not
+    finite is left out, on all ranks alike; `gradient/…`, its length, tells.
     """
     lr, hr = (_on_device(batch, processes.device) for batch in (lr, hr))
+    statistics = _Statistics(networks) if keep_statistics else None
     parts = list(zip(lr.chunk(accumulation_steps), hr.chunk(accumulation_steps), strict=True))
     scalars: Scalars = {}
     sr = None
@@ -183,6 +187,8 @@ def training_step(
     if objective.adversarial_weight:
         scalars |= discriminator_step(processes, networks, objective, parts, sr)
     scalars |= generator_step(processes, networks, objective, parts, sr)
+    if statistics is not None:
+        statistics.mend()
     if networks.half_life:
         update_average(
             networks.average,
@@ -192,6 +198,20 @@ def training_step(
             images=images,
         )
     return scalars
+
+
+class _Statistics:
+    """The floating-point buffers of the networks before a step."""
+
+    def __init__(self, networks: Networks) -> None:
+        trained = [m for m in (networks.generator, networks.discriminator) if m is not None]
+        self.buffers = [b for m in trained for b in m.buffers() if b.is_floating_point()]
+        self.before = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def mend(self) -> None:
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, before))
 
 
 def discriminator_step(
@@ -228,9 +248,7 @@ def discriminator_step(
         scalars["score/hr"] = torch.sigmoid(real.detach()).mean()
         scalars["score/sr"] = torch.sigmoid(fake.detach()).mean()
         found.append(scalars)
-    length = processes.clip_gradients(optimizer)
-    optimizer.step()
-    return _means(found) | ({} if length is None else {"gradient/discriminator": length})
+    return {**_means(found), "gradient/discriminator": processes.step(optimizer)}
 
 
 def generator_step(
@@ -255,9 +273,7 @@ def generator_step(
             processes.backward(loss / len(parts))
         scalars = {f"loss/{name}": term.detach() for name, term in terms.items()}
         found.append({"loss/generator": loss.detach(), **scalars})
-    length = processes.clip_gradients(optimizer)
-    optimizer.step()
-    return _means(found) | ({} if length is None else {"gradient/generator": length})
+    return {**_means(found), "gradient/generator": processes.step(optimizer)}
 
 
 def generator_terms(

@@ -120,6 +120,7 @@ def _run(config: Config, processes: Processes) -> Result:
     total_steps = steps_per_epoch * config.train.epochs
     epoch_means = tracking.EpochMeans(processes.device)
     skipped = tracking.Skipped(0)
+    nonfinite = tracking.Nonfinite(processes.device)
     if first_weights is not None:
         for module in (networks.generator, networks.average):
             weights.load(module, first_weights, str(config.train.start_from))
@@ -217,8 +218,10 @@ def _run(config: Config, processes: Processes) -> Result:
             images_seen=images_seen,
             images=batch_size,
             accumulation_steps=config.train.accumulation_steps,
+            keep_statistics=config.train.on_nonfinite == "skip",
         )
         epoch_means.add(scalars)
+        nonfinite.add(scalars, step)
         skipped.add(batch.skipped)
         progress.advance(batch_size, waited)
 
@@ -227,7 +230,9 @@ def _run(config: Config, processes: Processes) -> Result:
             mine = torch.tensor(float(skipped.count), device=processes.device)
             values = processes.means({**scalars, "data/skipped": mine})
             values["data/skipped"] *= processes.world_size
-            _stop_on_nonfinite(values, step)
+            values["gradient/left_out"] = _check_finite(config, processes, nonfinite, index, plan)
+            if config.train.on_nonfinite == "stop":
+                _stop_on_nonfinite_losses(values, step)
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
             learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
             tracker.scalars({**values, **speed, **learning_rates}, step)
@@ -489,11 +494,48 @@ def _stop_on_nonfinite_weights(networks: gan.Networks, step: int) -> None:
                 )
 
 
-def _stop_on_nonfinite(values: Mapping[str, float], step: int) -> None:
-    """On every rank alike, since the values are means over ranks."""
+def _stop_on_nonfinite_losses(values: Mapping[str, float], step: int) -> None:
+    """Of losses whose gradient was finite; on every rank alike, since the values are means."""
     for name, value in values.items():
-        if not math.isfinite(value):
+        if name.startswith("loss/") and not math.isfinite(value):
             raise UserError(
-                f"{name} is {value} at step {step}. Run again to go on from the last checkpoint, "
-                "with a lower learning rate or without mixed precision."
+                f"{name} is {value} at step {step}, though its gradient is finite. Run again to go on "
+                "from the last checkpoint, with a lower learning rate or without mixed precision."
             )
+
+
+def _check_finite(
+    config: Config,
+    processes: Processes,
+    nonfinite: tracking.Nonfinite,
+    index: shards.Index,
+    plan: shards.Plan,
+) -> int:
+    """How many updates were left out so far because they were not finite.
+
+    Raises:
+        UserError: on all ranks alike, if that is too many, with the step, the terms of the loss and
+            the samples that were the first.
+    """
+    total, _, in_a_row = nonfinite.counts.tolist()
+    # fp16 finds its loss scale by trying: it leaves out a step now and then.
+    tolerant = config.train.on_nonfinite == "skip" or processes.mixed_precision == "fp16"
+    if total == 0 or (tolerant and in_a_row < config.train.nonfinite_in_a_row):
+        return int(total)
+    step = int(nonfinite.first)
+    names = sorted(nonfinite.terms)
+    table = torch.zeros(processes.world_size, len(names), device=processes.device)
+    table[processes.rank] = torch.stack([nonfinite.terms[name] for name in names]).float()
+    causes = []
+    for rank, flags in enumerate(processes.sum(table).bool().tolist()):
+        terms = [n for n, bad in zip(names, flags, strict=True) if bad and n.startswith("loss/")]
+        if terms:
+            rows = plan.global_batch_size // processes.world_size
+            samples = shards.names_of_step(index, plan, step - 1)[rank * rows :][:rows]
+            causes.append(f"{', '.join(terms)} of rank {rank}, on samples {', '.join(samples)}")
+    many = f"{in_a_row} steps in a row were not finite, the first" if tolerant else "not finite"
+    raise UserError(
+        f"{many} at step {step}: {'; '.join(causes) or 'a gradient, though no loss'}. No weight "
+        "was touched. Run again to go on from the last checkpoint, with a lower learning rate, without "
+        "mixed precision, or with train.on_nonfinite=skip."
+    )

@@ -100,7 +100,7 @@ def test_each_term_alone_reaches_the_first_layer(
     )
     first = next(networks.generator.parameters()).grad
     assert isinstance(first, Tensor) and first.abs().sum() > 0
-    assert set(scalars) == {"loss/generator", f"loss/{next(iter(term))}"}
+    assert set(scalars) == {"loss/generator", f"loss/{next(iter(term))}", "gradient/generator"}
     assert networks.discriminator is not None and not grads(networks.discriminator)
     assert all(p.requires_grad for p in networks.discriminator.parameters())
 
@@ -242,7 +242,7 @@ def test_warming_up_is_the_pixel_loss_alone(
     whole = objective(processes, pixel={"weight": 1.0}, adversarial={"weight": 0.5})
     goal = whole.at(7, warmup_images=8, ramp_images=10)
     scalars = gan.training_step(processes, networks, goal, *batch, images_seen=0, images=4)
-    assert set(scalars) == {"loss/generator", "loss/pixel"}
+    assert set(scalars) == {"loss/generator", "loss/pixel", "gradient/generator"}
     after = networks.discriminator.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     weights = [
