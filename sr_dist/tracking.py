@@ -111,33 +111,6 @@ class Skipped:
                 skipped_log.warning("further skipped samples are counted, not named")
 
 
-class Nonfinite:
-    """Counts the steps in which something was not finite; adding waits for nothing.
-
-    `counts`: (3,) int64 on the device: such steps, those in a row now, and the most in a row.
-    `first`: the step that was the first of them, or -1. Gradients are the same on all ranks, and so
-    are these; `terms` are this rank's own losses of that step.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.first = torch.full((), -1, dtype=torch.int64, device=device)
-        self.terms: dict[str, Tensor] = {}
-
-    def add(self, scalars: Mapping[str, Tensor], step: int) -> None:
-        lengths = [value for name, value in scalars.items() if name.startswith("gradient/")]
-        bad = (~torch.isfinite(torch.stack(lengths)).all()).long()
-        total, in_a_row, most = self.counts.unbind()
-        in_a_row = (in_a_row + bad) * bad
-        self.counts = torch.stack([total + bad, in_a_row, torch.maximum(most, in_a_row)])
-        now = (self.first < 0) & (bad > 0)
-        self.first = torch.where(now, step, self.first)
-        for name, value in scalars.items():
-            if name.startswith(("loss/", "gradient/")):
-                before = self.terms.get(name, torch.zeros_like(now))
-                self.terms[name] = torch.where(now, ~torch.isfinite(value), before)
-
-
 class EpochMeans:
     """Sums of the `EPOCH_MEANS` scalars, kept on the device: adding waits for nothing.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from sr_dist import (
     __version__,
     checkpoint,
     distributed,
     evaluate,
+    finite,
     gan,
-    images,
     lpips,
     metrics,
     models,
@@ -35,10 +33,9 @@ from sr_dist.config import Config, to_yaml
 from sr_dist.degradation import Degradation
 from sr_dist.distributed import Processes
 from sr_dist.errors import Stopped, UserError
+from sr_dist.validation import Validation
 
 log = logging.getLogger(__name__)
-
-_SAMPLE_SIDE = 512  # HR pixels of a sample picture's panels, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +117,7 @@ def _run(config: Config, processes: Processes) -> Result:
     total_steps = steps_per_epoch * config.train.epochs
     epoch_means = tracking.EpochMeans(processes.device)
     skipped = tracking.Skipped(0)
-    nonfinite = tracking.Nonfinite(processes.device)
+    nonfinite = finite.Nonfinite(processes.device)
     if first_weights is not None:
         for module in (networks.generator, networks.average):
             weights.load(module, first_weights, str(config.train.start_from))
@@ -133,12 +130,28 @@ def _run(config: Config, processes: Processes) -> Result:
             f"rank {processes.rank} would go on from step {first_step}, others from elsewhere; "
             f"{folder} must lie on storage that all machines share"
         )
-    distance = None
-    if processes.is_main and config.evaluation.lpips is not None:
-        distance = lpips.build(Path(config.evaluation.lpips), processes.device)
+    means: list[evaluate.Mean] = []
+    protocol = metrics.protocol(config.evaluation.protocol, data.scale)
+    validation = Validation(
+        data=data.validation,
+        scale=data.scale,
+        channels=data.channels,
+        bits=data.bits,
+        colour=config.evaluation.protocol,
+        tile=config.evaluation.tile,
+        samples=config.evaluation.samples,
+        lpips=(
+            lpips.build(Path(config.evaluation.lpips), processes.device)
+            if processes.is_main and config.evaluation.lpips is not None
+            else None
+        ),
+    )
     if first_step >= total_steps:
-        done = first_step // steps_per_epoch
-        return _complete(folder, config, processes, networks, distance, skipped.count, done)
+        if processes.is_main:  # measure what is there, and leave the folder as it is
+            done = first_step // steps_per_epoch
+            log.info("%s has its %d epochs; raise train.epochs to train it further", folder, done)
+            means = validation.run(networks.evaluated(), tracking.Silent(), done, first_step)
+        return Result(folder, means, skipped.count, protocol)
     tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +208,7 @@ def _run(config: Config, processes: Processes) -> Result:
         total=total_steps * batch_size, done=first_step * batch_size, visible=processes.is_main
     )
 
-    means: list[evaluate.Mean] = []
+    skips = config.train.on_nonfinite == "skip"
     for step in range(first_step + 1, total_steps + 1):
         images_seen = (step - 1) * batch_size
         processes.watch.begin(step)
@@ -218,7 +231,7 @@ def _run(config: Config, processes: Processes) -> Result:
             images_seen=images_seen,
             images=batch_size,
             accumulation_steps=config.train.accumulation_steps,
-            keep_statistics=config.train.on_nonfinite == "skip",
+            keep_statistics=skips,
         )
         epoch_means.add(scalars)
         nonfinite.add(scalars, step)
@@ -230,9 +243,16 @@ def _run(config: Config, processes: Processes) -> Result:
             mine = torch.tensor(float(skipped.count), device=processes.device)
             values = processes.means({**scalars, "data/skipped": mine})
             values["data/skipped"] *= processes.world_size
-            values["gradient/left_out"] = _check_finite(config, processes, nonfinite, index, plan)
-            if config.train.on_nonfinite == "stop":
-                _stop_on_nonfinite_losses(values, step)
+            values["gradient/left_out"] = finite.check_updates(
+                nonfinite,
+                processes,
+                index,
+                plan,
+                skips=skips,
+                most_in_a_row=config.train.nonfinite_in_a_row,
+            )
+            if not skips:
+                finite.check_losses(values, step)
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
             learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
             tracker.scalars({**values, **speed, **learning_rates}, step)
@@ -244,7 +264,7 @@ def _run(config: Config, processes: Processes) -> Result:
         with progress.paused(), processes.averaged_buffers(networks.weights.values()) as buffers:
             epoch_sums = processes.sum(epoch_means.sums)
             all_skipped = processes.sum(torch.tensor(skipped.count, device=processes.device))
-            _stop_on_nonfinite_weights(networks, step)
+            finite.check_weights(networks.weights, step)
             # From here on rank 0 alone holds what all ranks have summed, as after a restart.
             epoch_means.sums.copy_(epoch_sums * (processes.is_main and not ends_epoch))
             skipped.count = int(all_skipped) * processes.is_main
@@ -254,8 +274,9 @@ def _run(config: Config, processes: Processes) -> Result:
                 # repeats both; an evaluation that fails takes no training with it.
                 try:
                     if ends_epoch:
-                        look = (config, networks.evaluated(), distance, tracker, epoch, step)
-                        means = _evaluate(*look) if evaluates else []
+                        means = []
+                        if evaluates:
+                            means = validation.run(networks.evaluated(), tracker, epoch, step)
                         _end_epoch(
                             folder, config, networks, identity, tracker, epoch, epoch_sums, means
                         )
@@ -272,26 +293,7 @@ def _run(config: Config, processes: Processes) -> Result:
 
     progress.close()
     tracker.close()
-    protocol = metrics.protocol(config.evaluation.protocol, data.scale)
     return Result(folder, means, skipped.count, protocol)
-
-
-def _complete(
-    folder: Path,
-    config: Config,
-    processes: Processes,
-    networks: gan.Networks,
-    distance: evaluate.Distance | None,
-    skipped: int,
-    epochs: int,
-) -> Result:
-    """There is nothing to train: measure what is there, and leave the folder as it is."""
-    means: list[evaluate.Mean] = []
-    if processes.is_main:
-        log.info("%s has its %d epochs; raise train.epochs to train it further", folder, epochs)
-        means = _evaluate(config, networks.evaluated(), distance, tracking.Silent(), epochs, 0)
-    protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
-    return Result(folder, means, skipped, protocol)
 
 
 def _changes(path: Path, config: Config) -> list[str]:
@@ -400,60 +402,6 @@ def _save(
     )
 
 
-def _evaluate(
-    config: Config,
-    generator: nn.Module,
-    distance: evaluate.Distance | None,
-    tracker: tracking.Tracker,
-    epoch: int,
-    step: int,
-) -> list[evaluate.Mean]:
-    """Bicubic and the model on the validation pictures; of the first few, the middle is shown."""
-    scale = config.data.scale
-    shown: set[str] = set()
-
-    def look(pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
-        if len(shown) < config.evaluation.samples:
-            name = evaluate.unused_name(evaluate.file_name(pair.name), shown)
-            shown.add(name)
-            part, of_results = evaluate.middle(pair, results, _SAMPLE_SIDE)
-            tracker.picture(name, evaluate.side_by_side(part, of_results), epoch, step)
-
-    upscalers = {
-        "bicubic": evaluate.classical("bicubic", scale),
-        "SR": evaluate.learned(generator, scale=scale, tile=config.evaluation.tile),
-    }
-    data = config.data
-    pairs = evaluate.read_pairs(
-        data.validation, scale=scale, channels=data.channels, bits=data.bits
-    )
-    rows = evaluate.evaluate(
-        upscalers,
-        pairs,
-        colour=config.evaluation.protocol,
-        border=scale,
-        lpips=distance,
-        look=look,
-    )
-    means = evaluate.averages(rows)
-    for mean in means:
-        values = {"psnr": mean.psnr, "ssim": mean.ssim}
-        perceived = ""
-        if mean.lpips is not None:
-            values["lpips"] = mean.lpips
-            perceived = f"  LPIPS {mean.lpips:.4f}"
-        log.info(
-            "epoch %d  %-8s PSNR %.3f dB  SSIM %.4f%s",
-            epoch,
-            mean.upscaler,
-            mean.psnr,
-            mean.ssim,
-            perceived,
-        )
-        tracker.scalars({f"{name}/{mean.upscaler}": value for name, value in values.items()}, step)
-    return means
-
-
 def _end_epoch(
     folder: Path,
     config: Config,
@@ -481,61 +429,3 @@ def _end_epoch(
         checkpoint.save_published(
             networks.discriminator, folder / "models" / f"netD_{name}", identity["discriminator"]
         )
-
-
-def _stop_on_nonfinite_weights(networks: gan.Networks, step: int) -> None:
-    """Before a checkpoint, so that none is ever saved; the ranks hold the same weights."""
-    for name, module in networks.weights.items():
-        for key, value in module.state_dict().items():
-            if not torch.isfinite(value).all():
-                raise UserError(
-                    f"{name}.{key} is not finite at step {step}. Run again to go on from the last "
-                    "checkpoint, with a lower learning rate or without mixed precision."
-                )
-
-
-def _stop_on_nonfinite_losses(values: Mapping[str, float], step: int) -> None:
-    """Of losses whose gradient was finite; on every rank alike, since the values are means."""
-    for name, value in values.items():
-        if name.startswith("loss/") and not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value} at step {step}, though its gradient is finite. Run again to go on "
-                "from the last checkpoint, with a lower learning rate or without mixed precision."
-            )
-
-
-def _check_finite(
-    config: Config,
-    processes: Processes,
-    nonfinite: tracking.Nonfinite,
-    index: shards.Index,
-    plan: shards.Plan,
-) -> int:
-    """How many updates were left out so far because they were not finite.
-
-    Raises:
-        UserError: on all ranks alike, if that is too many, with the step, the terms of the loss and
-            the samples that were the first.
-    """
-    total, _, in_a_row = nonfinite.counts.tolist()
-    # fp16 finds its loss scale by trying: it leaves out a step now and then.
-    tolerant = config.train.on_nonfinite == "skip" or processes.mixed_precision == "fp16"
-    if total == 0 or (tolerant and in_a_row < config.train.nonfinite_in_a_row):
-        return int(total)
-    step = int(nonfinite.first)
-    names = sorted(nonfinite.terms)
-    table = torch.zeros(processes.world_size, len(names), device=processes.device)
-    table[processes.rank] = torch.stack([nonfinite.terms[name] for name in names]).float()
-    causes = []
-    for rank, flags in enumerate(processes.sum(table).bool().tolist()):
-        terms = [n for n, bad in zip(names, flags, strict=True) if bad and n.startswith("loss/")]
-        if terms:
-            rows = plan.global_batch_size // processes.world_size
-            samples = shards.names_of_step(index, plan, step - 1)[rank * rows :][:rows]
-            causes.append(f"{', '.join(terms)} of rank {rank}, on samples {', '.join(samples)}")
-    many = f"{in_a_row} steps in a row were not finite, the first" if tolerant else "not finite"
-    raise UserError(
-        f"{many} at step {step}: {'; '.join(causes) or 'a gradient, though no loss'}. No weight "
-        "was touched. Run again to go on from the last checkpoint, with a lower learning rate, without "
-        "mixed precision, or with train.on_nonfinite=skip."
-    )

@@ -19,9 +19,10 @@ LEVELS = [
     | {"model_card"},
     {"config", "models", "losses", "metrics", "shards", "degradation", "download"},
     {"model_files"},
-    {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale", "lpips"},
+    {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale", "lpips"}
+    | {"finite"},
     {"evaluate", "sources", "export"},
-    {"report", "archives"},
+    {"report", "archives", "validation"},
     {"train"},
 ]
 

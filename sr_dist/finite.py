@@ -1,0 +1,111 @@
+"""Numbers that are not finite: noticed without waiting for the device, alike on all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sr_dist import shards
+from sr_dist.distributed import Processes
+from sr_dist.errors import UserError
+
+
+class Nonfinite:
+    """Counts the steps in which something was not finite; adding waits for nothing.
+
+    `counts`: (3,) int64 on the device: such steps, those in a row now, and the most in a row.
+    `first`: the step that was the first of them, or -1. Gradients are the same on all ranks, and so
+    are these; `terms` are this rank's own losses of that step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.first = torch.full((), -1, dtype=torch.int64, device=device)
+        self.terms: dict[str, Tensor] = {}
+
+    def add(self, scalars: Mapping[str, Tensor], step: int) -> None:
+        lengths = [value for name, value in scalars.items() if name.startswith("gradient/")]
+        bad = (~torch.isfinite(torch.stack(lengths)).all()).long()
+        total, in_a_row, most = self.counts.unbind()
+        in_a_row = (in_a_row + bad) * bad
+        self.counts = torch.stack([total + bad, in_a_row, torch.maximum(most, in_a_row)])
+        now = (self.first < 0) & (bad > 0)
+        self.first = torch.where(now, step, self.first)
+        for name, value in scalars.items():
+            if name.startswith(("loss/", "gradient/")):
+                before = self.terms.get(name, torch.zeros_like(now))
+                self.terms[name] = torch.where(now, ~torch.isfinite(value), before)
+
+
+def check_weights(modules: Mapping[str, nn.Module], step: int) -> None:
+    """Before a checkpoint, so that none is ever saved that is not finite.
+
+    Raises:
+        UserError: on all ranks alike, since they hold the same weights.
+    """
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise UserError(
+                    f"{name}.{key} is not finite at step {step}. Run again to go on from the last "
+                    "checkpoint, with a lower learning rate or without mixed precision."
+                )
+
+
+def check_losses(values: Mapping[str, float], step: int) -> None:
+    """Of losses whose gradient was finite.
+
+    Raises:
+        UserError: on all ranks alike, since the values are means over them.
+    """
+    for name, value in values.items():
+        if name.startswith("loss/") and not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {step}, though its gradient is finite. Run again to go "
+                "on from the last checkpoint, with a lower learning rate or in full precision."
+            )
+
+
+def check_updates(
+    nonfinite: Nonfinite,
+    processes: Processes,
+    index: shards.Index,
+    plan: shards.Plan,
+    *,
+    skips: bool,
+    most_in_a_row: int,
+) -> int:
+    """How many updates were left out so far because they were not finite.
+
+    `skips`: go on after them, unless there were `most_in_a_row`.
+
+    Raises:
+        UserError: on all ranks alike, if that is too many, with the step, the terms of the loss and
+            the samples that were the first.
+    """
+    total, _, in_a_row = nonfinite.counts.tolist()
+    # fp16 finds its loss scale by trying: it leaves out a step now and then.
+    tolerant = skips or processes.mixed_precision == "fp16"
+    if total == 0 or (tolerant and in_a_row < most_in_a_row):
+        return int(total)
+    step = int(nonfinite.first)
+    names = sorted(nonfinite.terms)
+    table = torch.zeros(processes.world_size, len(names), device=processes.device)
+    table[processes.rank] = torch.stack([nonfinite.terms[name] for name in names]).float()
+    causes = []
+    per_rank = plan.global_batch_size // processes.world_size
+    samples = shards.names_of_step(index, plan, step - 1)
+    for rank, flags in enumerate(processes.sum(table).bool().tolist()):
+        terms = [n for n, bad in zip(names, flags, strict=True) if bad and n.startswith("loss/")]
+        if terms:
+            its = ", ".join(samples[rank * per_rank :][:per_rank])
+            causes.append(f"{', '.join(terms)} of rank {rank}, on samples {its}")
+    many = f"{in_a_row} steps in a row were not finite, the first" if tolerant else "not finite"
+    raise UserError(
+        f"{many} at step {step}: {'; '.join(causes) or 'a gradient, though no loss'}. No weight "
+        "was touched. Run again to go on from the last checkpoint, with a lower learning rate, "
+        "without mixed precision, or with train.on_nonfinite=skip."
+    )
