@@ -77,10 +77,12 @@ def check_updates(
     *,
     skips: bool,
     most_in_a_row: int,
+    place_of_step_0: int,
 ) -> int:
     """How many updates were left out so far because they were not finite.
 
-    `skips`: go on after them, unless there were `most_in_a_row`.
+    `skips`: go on after them, unless there were `most_in_a_row`. `place_of_step_0`: what to add to
+    a step to find it in the plan.
 
     Raises:
         UserError: on all ranks alike, if that is too many, with the step, the terms of the loss and
@@ -97,7 +99,7 @@ def check_updates(
     table[processes.rank] = torch.stack([nonfinite.terms[name] for name in names]).float()
     causes = []
     per_rank = plan.global_batch_size // processes.world_size
-    samples = shards.names_of_step(index, plan, step - 1)
+    samples = shards.names_of_step(index, plan, place_of_step_0 + step - 1)
     for rank, flags in enumerate(processes.sum(table).bool().tolist()):
         terms = [n for n, bad in zip(names, flags, strict=True) if bad and n.startswith("loss/")]
         if terms:

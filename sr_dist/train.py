@@ -48,6 +48,19 @@ class Result:
     protocol: dict[str, object]
 
 
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands: after `step` updates on `images_seen` crops.
+
+    `place`: steps of the present plan that lie behind it, which are as many unless the batch or the
+    crops were changed on the way.
+    """
+
+    step: int = 0
+    images_seen: int = 0
+    place: int = 0
+
+
 def run(config: Config) -> Result:
     """Train as configured, from the newest checkpoint of the run if there is one.
 
@@ -112,9 +125,10 @@ def _run(config: Config, processes: Processes) -> Result:
     objective = gan.build_objective(**values_of["loss"], device=processes.device)
 
     # Where the run stands.
-    first_step = 0
-    steps_per_epoch = plan.steps_per_epoch
-    total_steps = steps_per_epoch * config.train.epochs
+    position = Position() if start is None else _position(start, plan)
+    first_step, steps_per_epoch = position.step, plan.steps_per_epoch
+    total_steps = first_step + steps_per_epoch * config.train.epochs - position.place
+    total_images = position.images_seen + (total_steps - first_step) * batch_size
     epoch_means = tracking.EpochMeans(processes.device)
     skipped = tracking.Skipped(0)
     nonfinite = finite.Nonfinite(processes.device)
@@ -122,7 +136,6 @@ def _run(config: Config, processes: Processes) -> Result:
         for module in (networks.generator, networks.average):
             weights.load(module, first_weights, str(config.train.start_from))
     if start is not None:
-        first_step = start.step
         _restore(start, processes, networks, epoch_means, skipped)
     step_of_ranks = processes.means({"first": torch.tensor(first_step, device=processes.device)})
     if step_of_ranks["first"] != first_step:
@@ -148,7 +161,7 @@ def _run(config: Config, processes: Processes) -> Result:
     )
     if first_step >= total_steps:
         if processes.is_main:  # measure what is there, and leave the folder as it is
-            done = first_step // steps_per_epoch
+            done = position.place // steps_per_epoch
             log.info("%s has its %d epochs; raise train.epochs to train it further", folder, done)
             means = validation.run(networks.evaluated(), tracking.Silent(), done, first_step)
         return Result(folder, means, skipped.count, protocol)
@@ -158,7 +171,7 @@ def _run(config: Config, processes: Processes) -> Result:
         changes = _changes(folder / "config.yaml", config) if start is not None else []
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         tracker = tracking.Tracker(
-            folder, first_step=first_step, first_epoch=first_step // steps_per_epoch
+            folder, first_step=first_step, first_epoch=position.place // steps_per_epoch
         )
         tracker.config(to_yaml(config), first_step)
         log.info(
@@ -196,8 +209,8 @@ def _run(config: Config, processes: Processes) -> Result:
             degradation=Degradation(**dataclasses.asdict(data.degradation)),
             rank=processes.rank,
             world_size=processes.world_size,
-            first_step=first_step,
-            last_step=total_steps,
+            first_step=position.place,
+            last_step=steps_per_epoch * config.train.epochs,
             on_error=config.stream.on_error,
             settings=reading,
         ),
@@ -205,19 +218,18 @@ def _run(config: Config, processes: Processes) -> Result:
         pin_memory=processes.device.type == "cuda",
     )
     progress = tracking.Progress(
-        total=total_steps * batch_size, done=first_step * batch_size, visible=processes.is_main
+        total=total_images, done=position.images_seen, visible=processes.is_main
     )
 
     skips = config.train.on_nonfinite == "skip"
     for step in range(first_step + 1, total_steps + 1):
-        images_seen = (step - 1) * batch_size
+        images_seen = position.images_seen + (step - 1 - first_step) * batch_size
+        place = position.place + step - first_step
         processes.watch.begin(step)
         asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
-        rates = gan.apply_settings(
-            networks, values_of["optimizer"], images_seen, total_steps * batch_size
-        )
+        rates = gan.apply_settings(networks, values_of["optimizer"], images_seen, total_images)
         scalars = gan.training_step(
             processes,
             networks,
@@ -238,7 +250,7 @@ def _run(config: Config, processes: Processes) -> Result:
         skipped.add(batch.skipped)
         progress.advance(batch_size, waited)
 
-        epoch, ends_epoch = (step - 1) // steps_per_epoch + 1, step % steps_per_epoch == 0
+        epoch, ends_epoch = (place - 1) // steps_per_epoch + 1, place % steps_per_epoch == 0
         if ends_epoch or step % config.tracking.log_every_steps == 0:
             mine = torch.tensor(float(skipped.count), device=processes.device)
             values = processes.means({**scalars, "data/skipped": mine})
@@ -250,6 +262,7 @@ def _run(config: Config, processes: Processes) -> Result:
                 plan,
                 skips=skips,
                 most_in_a_row=config.train.nonfinite_in_a_row,
+                place_of_step_0=position.place - first_step,
             )
             if not skips:
                 finite.check_losses(values, step)
@@ -282,7 +295,8 @@ def _run(config: Config, processes: Processes) -> Result:
                         )
                 finally:
                     state = _state(processes, networks, epoch_means, skipped, buffers)
-                    _save(folder, config, processes, networks, identity, state, step, epoch)
+                    now = Position(step, images_seen + batch_size, place)
+                    _save(folder, config, processes, networks, identity, plan, state, now)
             processes.wait_for_main(f"step {step}")
         if stops:
             tracker.close()
@@ -311,7 +325,7 @@ def _changes(path: Path, config: Config) -> list[str]:
 
 
 def _identity(config: Config, index: shards.Index, plan: shards.Plan) -> dict[str, Any]:
-    """What a run cannot change on its way: its networks, and what a step number means."""
+    """What a run cannot change on its way: its networks, and the order of its samples."""
     data, model = config.data, config.model
     return {
         "generator": {
@@ -324,17 +338,16 @@ def _identity(config: Config, index: shards.Index, plan: shards.Plan) -> dict[st
             if config.loss.adversarial.weight
             else None
         ),
-        "data": {
-            "shards": index.fingerprint,
-            "seed": plan.seed,
-            "global_batch_size": plan.global_batch_size,
-            "crops_per_image": plan.crops_per_image,
-            "crop_size": data.crop_size,
-            "bits": data.bits,
-            # As it reads back from JSON.
-            "degradation": {k: list(v) for k, v in vars(data.degradation).items()},
-        },
+        "data": {"shards": index.fingerprint, "seed": plan.seed},
     }
+
+
+def _position(start: checkpoint.Checkpoint, plan: shards.Plan) -> Position:
+    """The checkpoint's, or under changed batches or crops the same share of its epoch."""
+    then = start.meta["position"]
+    share = then["step_in_epoch"] / then["steps_per_epoch"]
+    place = then["epochs"] * plan.steps_per_epoch + round(share * plan.steps_per_epoch)
+    return Position(start.step, start.meta["images_seen"], place)
 
 
 def _restore(
@@ -382,19 +395,25 @@ def _save(
     processes: Processes,
     networks: gan.Networks,
     identity: Mapping[str, Any],
+    plan: shards.Plan,
     state: dict[str, Any],
-    step: int,
-    epoch: int,
+    position: Position,
 ) -> None:
+    epochs, step_in_epoch = divmod(position.place, plan.steps_per_epoch)
     checkpoint.save(
         folder / "checkpoints",
-        step=step,
+        step=position.step,
         modules=networks.weights,
         training=state,
         meta={
             **identity,
-            "epoch": epoch,
-            "images_seen": step * config.train.global_batch_size,
+            "epoch": epochs if step_in_epoch == 0 else epochs + 1,
+            "images_seen": position.images_seen,
+            "position": {
+                "epochs": epochs,
+                "step_in_epoch": step_in_epoch,
+                "steps_per_epoch": plan.steps_per_epoch,
+            },
             "world_size": processes.world_size,
             "versions": {"sr_dist": __version__, "torch": torch.__version__},
         },

@@ -296,7 +296,6 @@ def test_changes_that_a_run_cannot_follow(recipe: Path) -> None:
     for override, message in (
         ("model.generator.num_channels=16", "another generator: num_channels was 8, is 16"),
         ("data.scale=2", "another generator: scale was 4, is 2"),
-        ("train.global_batch_size=4", "another data: global_batch_size was 8, is 4"),
         ("loss.adversarial.weight=0", "it was trained with a discriminator"),
         ("run.resume=never", "run.resume is never"),
         ("run.seed=1", "another data: seed was 0, is 1"),
@@ -333,6 +332,35 @@ def test_lpips_is_measured_where_it_is_asked_for(recipe: Path, tmp_path: Path) -
     points = scalars(result.folder)
     assert points["lpips/SR"][0][1] == pytest.approx(result.means[1].lpips, rel=1e-5)
     assert points["lpips/bicubic"][0][1] > 0
+
+
+def test_batch_and_crops_can_change_on_the_way(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the end of an epoch, and in its middle, where the same share of it is taken as done."""
+    first = train.run(load(recipe, "train.epochs=1"))
+    cosine = "optimizer.generator.schedule=cosine"
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, "train.global_batch_size=4", cosine))
+    assert "changed since: train.global_batch_size was 8, is 4" in caplog.messages
+    meta = saved(first.folder)[1]
+    samples = shards.read_index(load(recipe).data.train).samples
+    assert (meta["step"], meta["images_seen"]) == (18 + samples // 4, 8 * 18 + samples // 4 * 4)
+    assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2"]
+    rates = [value for step, value in scalars(first.folder)["learning_rate/generator"] if step > 18]
+    total = 144 + samples // 4 * 4
+    settings = {"learning_rate": 1e-3, "schedule": "cosine"}
+    assert rates[0] == pytest.approx(gan.learning_rate(settings, 144 + 4, total), rel=1e-4)
+
+    stop_at(monkeypatch, 10)
+    halved = ("run.name=halved", "checkpoint.every_steps=9", "train.epochs=1")
+    with pytest.raises(KeyboardInterrupt):
+        train.run(load(recipe, *halved))
+    monkeypatch.undo()
+    folder = train.run(load(recipe, *halved, "train.global_batch_size=4")).folder
+    steps = samples // 4
+    assert saved(folder)[1]["step"] == 9 + steps - round(steps / 2)
+    assert [row["Epoch"] for row in rows(folder)] == ["1"]
 
 
 def test_other_shards_of_the_same_number_of_samples_are_refused(
@@ -486,7 +514,7 @@ def test_command_with_the_original_options(recipe: Path, tmp_path: Path) -> None
         *("--batch_size", 4, "--upscale_factor", 2, "loss.content.weight=0"),
     )
     meta = saved(tmp_path / "runs" / "small")[1]
-    assert meta["data"]["global_batch_size"] == 4  # type: ignore[index]
+    assert meta["images_seen"] == 4 * meta["step"]  # type: ignore[operator]
     assert meta["generator"]["scale"] == 2  # type: ignore[index]
     assert (tmp_path / "runs" / "small" / "models" / "netG_2x_epoch1.pth.tar").exists()
     table = done.stdout.splitlines()
