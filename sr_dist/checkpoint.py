@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,46 +57,140 @@ class Checkpoint:
         return values
 
 
-def save(
-    folder: Path,
-    *,
-    step: int,
-    modules: Mapping[str, nn.Module],
-    training: dict[str, Any],
-    meta: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `folder/step-N` and then remove all but it and the newest before it. For rank 0 alone.
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint shall hold, copied to the CPU, so that the training can go on."""
 
-    `keep` remain. Later ones are removed too: this run did not come from them, because they were
-    found damaged.
+    step: int
+    weights: dict[str, dict[str, Tensor]]  # state dicts by file name
+    training: dict[str, Any]  # tensors and plain numbers
+    meta: dict[str, Any]  # what meta.json says beside the step and the hashes
 
-    `modules`: whose weights, by file name. `training`: tensors and plain numbers. `meta`: what
-    `meta.json` shall say beside the step and the hashes.
+
+def snapshot(
+    step: int, modules: Mapping[str, nn.Module], training: dict[str, Any], meta: dict[str, Any]
+) -> Snapshot:
+    """`modules`: whose weights, by file name."""
+    weights = {name: _copied(module.state_dict()) for name, module in modules.items()}
+    return Snapshot(step, weights, _copied(training), meta)
+
+
+def _copied(value: Any) -> Any:
+    """Tensors on the CPU, in memory of their own and contiguous; containers anew."""
+    if isinstance(value, Tensor):
+        copy = value.detach().to("cpu", copy=True)
+        return copy.contiguous()
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -> Path:
+    """Write `folder/step-N`, whole or not at all; then remove old ones. For rank 0 alone.
+
+    `keep` remain, the newest, and the one whose `metrics` in meta.json are the best by `best`
+    (psnr, ssim, lpips; None for none), which a link `best` beside the folder names. Later ones are
+    removed too: this run did not come from them, because they were found damaged.
     """
-    target = folder / f"step-{step:08d}"
+    target = folder / f"step-{held.step:08d}"
     partial = target.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in folder.glob("step-*.tmp"):  # of a run that was killed while it wrote
+        shutil.rmtree(stale)
     partial.mkdir(parents=True)
-    for name, module in modules.items():
-        held = safetensors.torch.save(_contiguous(module.state_dict()))
-        (partial / f"{name}.safetensors").write_bytes(
-            held
-        )  # save_file leaves it to its owner alone
-    torch.save(training, partial / TRAINING)
+    for name, state in held.weights.items():
+        # Not save_file, which leaves its files to their owner alone.
+        (partial / f"{name}.safetensors").write_bytes(safetensors.torch.save(state))
+    torch.save(held.training, partial / TRAINING)
     hashes = {path.name: _sync_and_hash(path) for path in sorted(partial.iterdir())}
-    text = json.dumps({"step": step, **meta, "sha256": hashes}, indent=1) + "\n"
+    text = json.dumps({"step": held.step, **held.meta, "sha256": hashes}, indent=1) + "\n"
     (partial / META).write_text(text, encoding="utf-8")
     _sync_and_hash(partial / META)
     _sync_folder(partial)
     shutil.rmtree(target, ignore_errors=True)  # of a stopped run that passed here before
     os.replace(partial, target)
     _sync_folder(folder)
-    others = [other for other in _folders(folder) if other != target]
-    earlier = [other for other in others if _step(other) < step]
-    for old in [other for other in others if other not in earlier] + earlier[keep - 1 :]:
-        shutil.rmtree(old)
+    _prune(folder, target, keep, best)
     return target
+
+
+def _prune(folder: Path, newest: Path, keep: int, best: str | None) -> None:
+    step = _step(newest)
+    earlier = [other for other in _folders(folder) if _step(other) < step]
+    kept = {newest, *earlier[: keep - 1]}
+    if best is not None:
+        scores = {path: _score(path, best) for path in (newest, *earlier)}
+        known = {path: score for path, score in scores.items() if score is not None}
+        if known:
+            leader = max(known, key=lambda path: known[path])
+            kept.add(leader)
+            link = folder.parent / f".best.{os.getpid()}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(folder.name) / leader.name)
+            os.replace(link, folder.parent / "best")
+    for old in _folders(folder):
+        if old not in kept:
+            shutil.rmtree(old)
+
+
+def _score(path: Path, metric: str) -> float | None:
+    """A checkpoint's metric, such that more is better; None where it was not measured."""
+    try:
+        value = json.loads((path / META).read_text(encoding="utf-8"))["metrics"][metric]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return -float(value) if metric == "lpips" else float(value)
+
+
+class Saver:
+    """Writes one checkpoint after the other, in a thread of its own, until its block ends."""
+
+    def __init__(self, folder: Path, *, keep: int, best: str | None) -> None:
+        self.folder, self.keep, self.best = folder, keep, best
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self.thread is not None:  # what ends the run is told, not what came of its last save
+            self.thread.join()
+
+    def start(self, held: Snapshot) -> None:
+        """Begin to write, when the one before is done.
+
+        Raises:
+            OSError: that one could not be written.
+        """
+        self.finish()
+        self.thread = threading.Thread(target=self._write, args=(held,), name="checkpoint")
+        self.thread.start()
+
+    def _write(self, held: Snapshot) -> None:
+        try:
+            write(self.folder, held, keep=self.keep, best=self.best)
+        except BaseException as error:
+            self.error = error
+
+    def check(self) -> None:
+        """
+        Raises:
+            OSError: the last one could not be written; those before it are whole.
+        """
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def finish(self) -> None:
+        """Wait for what is being written, and `check`."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
 
 
 def find_newest(folder: Path, names: Container[str] | None = None) -> Checkpoint | None:

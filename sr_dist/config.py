@@ -274,7 +274,16 @@ class Checkpoint:
     every_steps: int | None = setting(
         None, "save within an epoch too, every so many steps", minimum=1
     )
+    every_minutes: float | None = setting(
+        None, "save within an epoch too, when so many minutes have passed", above=0
+    )
     keep: int = setting(3, "newest checkpoints kept", minimum=1)
+    best: str | None = setting(
+        "psnr",
+        "the one that was best by this metric of the validation pictures is kept too, and a link "
+        "best in the run's folder names it; null: none",
+        choices=("psnr", "ssim", "lpips"),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -387,6 +396,8 @@ def _contradictions(config: Config) -> list[str]:
         for term in (config.loss.pixel, config.loss.content, config.loss.adversarial)
     ):
         problems.append("loss: pixel, content and adversarial weights are all 0; nothing to learn")
+    if config.checkpoint.best == "lpips" and config.evaluation.lpips is None:
+        problems.append("checkpoint.best: lpips is not measured; set evaluation.lpips to a file")
     if config.train.warmup_images and not config.loss.pixel.weight:
         problems.append("train.warmup_images: the warm-up trains on loss.pixel, whose weight is 0")
     return problems

@@ -71,11 +71,13 @@ def run(config: Config) -> Result:
     """
     timeout = 60 * config.run.timeout_minutes
     with distributed.joined(config.train.mixed_precision, config.run.seed, timeout) as processes:
-        with processes.watch.signals():
-            return _run(config, processes)
+        folder = Path(config.run.output_dir) / config.run.name / "checkpoints"
+        saver = checkpoint.Saver(folder, keep=config.checkpoint.keep, best=config.checkpoint.best)
+        with processes.watch.signals(), saver:
+            return _run(config, processes, saver)
 
 
-def _run(config: Config, processes: Processes) -> Result:
+def _run(config: Config, processes: Processes, saver: checkpoint.Saver) -> Result:
     data, batch_size = config.data, config.train.global_batch_size
     folder = Path(config.run.output_dir) / config.run.name
 
@@ -222,6 +224,8 @@ def _run(config: Config, processes: Processes) -> Result:
     )
 
     skips = config.train.on_nonfinite == "skip"
+    every_minutes, saved_at = config.checkpoint.every_minutes, time.monotonic()
+    every_seconds = None if every_minutes is None else 60 * every_minutes
     for step in range(first_step + 1, total_steps + 1):
         images_seen = position.images_seen + (step - 1 - first_step) * batch_size
         place = position.place + step - first_step
@@ -269,8 +273,14 @@ def _run(config: Config, processes: Processes) -> Result:
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
             learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
             tracker.scalars({**values, **speed, **learning_rates}, step)
+        if processes.is_main:
+            saver.check()
+            if every_seconds is not None and time.monotonic() - saved_at >= every_seconds:
+                processes.watch.ask("save")
         stops = processes.watch.due("stop", step)
-        saves = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+        saves = processes.watch.due("save", step)
+        if config.checkpoint.every_steps is not None:
+            saves = saves or step % config.checkpoint.every_steps == 0
         if not (ends_epoch or saves or stops):
             continue
 
@@ -296,7 +306,11 @@ def _run(config: Config, processes: Processes) -> Result:
                 finally:
                     state = _state(processes, networks, epoch_means, skipped, buffers)
                     now = Position(step, images_seen + batch_size, place)
-                    _save(folder, config, processes, networks, identity, plan, state, now)
+                    meta = _meta(identity, processes, plan, now, means if ends_epoch else [])
+                    saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
+                    saved_at = time.monotonic()
+                if stops:  # before any rank ends: launchers end the others then
+                    saver.finish()
             processes.wait_for_main(f"step {step}")
         if stops:
             tracker.close()
@@ -305,6 +319,7 @@ def _run(config: Config, processes: Processes) -> Result:
                 f"{total_steps}; the same command goes on from there"
             )
 
+    saver.finish()
     progress.close()
     tracker.close()
     return Result(folder, means, skipped.count, protocol)
@@ -389,36 +404,31 @@ def _state(
     }
 
 
-def _save(
-    folder: Path,
-    config: Config,
-    processes: Processes,
-    networks: gan.Networks,
+def _meta(
     identity: Mapping[str, Any],
+    processes: Processes,
     plan: shards.Plan,
-    state: dict[str, Any],
     position: Position,
-) -> None:
+    means: list[evaluate.Mean],
+) -> dict[str, Any]:
+    """What a checkpoint says of itself; `means`: of the evaluation at its step, if any."""
     epochs, step_in_epoch = divmod(position.place, plan.steps_per_epoch)
-    checkpoint.save(
-        folder / "checkpoints",
-        step=position.step,
-        modules=networks.weights,
-        training=state,
-        meta={
-            **identity,
-            "epoch": epochs if step_in_epoch == 0 else epochs + 1,
-            "images_seen": position.images_seen,
-            "position": {
-                "epochs": epochs,
-                "step_in_epoch": step_in_epoch,
-                "steps_per_epoch": plan.steps_per_epoch,
-            },
-            "world_size": processes.world_size,
-            "versions": {"sr_dist": __version__, "torch": torch.__version__},
+    metrics_of = {}
+    if means:
+        metrics_of = {"psnr": means[-1].psnr, "ssim": means[-1].ssim, "lpips": means[-1].lpips}
+    return {
+        **identity,
+        "epoch": epochs if step_in_epoch == 0 else epochs + 1,
+        "images_seen": position.images_seen,
+        "position": {
+            "epochs": epochs,
+            "step_in_epoch": step_in_epoch,
+            "steps_per_epoch": plan.steps_per_epoch,
         },
-        keep=config.checkpoint.keep,
-    )
+        "metrics": metrics_of,
+        "world_size": processes.world_size,
+        "versions": {"sr_dist": __version__, "torch": torch.__version__},
+    }
 
 
 def _end_epoch(

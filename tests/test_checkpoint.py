@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,15 +35,21 @@ def generator(seed: int = 0) -> nn.Module:
     return built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def save(folder: Path, step: int, keep: int = 9, **modules: nn.Module) -> Path:
-    return checkpoint.save(
-        folder,
-        step=step,
-        modules=modules or {"generator": generator(step)},
-        training={"optimizers": {}, "number": step, "tensor": torch.arange(3)},
-        meta={"generator": ARGUMENTS, "epoch": 1},
-        keep=keep,
+def save(
+    folder: Path,
+    step: int,
+    keep: int = 9,
+    best: str | None = None,
+    metrics: dict[str, float] | None = None,
+    **modules: nn.Module,
+) -> Path:
+    held = checkpoint.snapshot(
+        step,
+        modules or {"generator": generator(step)},
+        {"optimizers": {}, "number": step, "tensor": torch.arange(3)},
+        {"generator": ARGUMENTS, "epoch": 1, "metrics": metrics or {}},
     )
+    return checkpoint.write(folder, held, keep=keep, best=best)
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -223,3 +232,78 @@ def test_moved_checkpoints_still_verify(tmp_path: Path) -> None:
     folder = save(tmp_path / "a", 1)
     moved = shutil.move(folder, tmp_path / "elsewhere")
     assert checkpoint.verify(Path(moved)).step == 1
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("psnr", 2), ("ssim", 1), ("lpips", 3)])
+def test_the_best_is_kept_and_named(tmp_path: Path, metric: str, expected: int) -> None:
+    folder = tmp_path / "checkpoints"
+    measured = [(30.0, 0.9, 0.3), (32.0, 0.8, 0.2), (31.0, 0.7, 0.1), (29.0, 0.6, 0.4)]
+    for step, (psnr, ssim, lpips) in enumerate(measured, start=1):
+        metrics = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+        save(folder, 10 * step, keep=1, best=metric, metrics=metrics)
+        save(folder, 10 * step + 5, keep=1, best=metric)  # within the epoch, not measured
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"step-000000{expected}0", "step-00000045"]
+    assert (tmp_path / "best").resolve() == folder / names[0]
+    loaded, _ = checkpoint.load_generator(tmp_path / "best")
+    assert_same(loaded, generator(10 * expected))
+
+
+def test_the_training_goes_on_while_a_snapshot_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = generator(1)
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    optimizer = torch.optim.AdamW(trained.parameters(), fused=True)
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, value in trained.state_dict().items():
+        before[name] = value.clone()
+    go, real = threading.Event(), checkpoint.write
+
+    def slow(*arguments: object, **options: object) -> object:
+        assert go.wait(20)
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    saver = checkpoint.Saver(tmp_path, keep=3, best=None)
+    state = {"optimizers": {"generator": optimizer.state_dict()}}
+    saver.start(checkpoint.snapshot(1, {"generator": trained}, state, {}))
+    optimizer.step()  # in place, while nothing has been written yet
+    assert not list(tmp_path.iterdir())
+    go.set()
+    saver.finish()
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None
+    for name, value in found.weights("generator").items():
+        assert torch.equal(value, before[name]), name
+    assert found.training()["optimizers"]["generator"]["state"][0]["step"] == 1
+
+
+def test_a_disk_that_is_full_stops_the_run_and_leaves_the_last_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = checkpoint.Saver(tmp_path, keep=1, best=None)
+
+    def begin(step: int) -> None:
+        saver.start(checkpoint.snapshot(step, {"generator": generator(step)}, {}, {}))
+
+    begin(1)
+    saver.finish()
+    real = torch.save
+
+    def full(value: object, path: Path) -> None:
+        real(value, path)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    begin(2)
+    with pytest.raises(OSError, match="No space left"):
+        saver.finish()
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None and found.step == 1
+    monkeypatch.undo()
+    begin(3)
+    saver.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"], "no remains"

@@ -294,14 +294,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
     description = describe()
     generator = build(description)
-    checkpoint.save(
-        folder / "checkpoints",
-        step=12,
-        modules={"generator": generator},
-        training={},
-        meta={"generator": description, "images_seen": 96, "versions": {"torch": "2.0"}},
-        keep=1,
-    )
+    meta = {"generator": description, "images_seen": 96, "versions": {"torch": "2.0"}}
+    held = checkpoint.snapshot(12, {"generator": generator}, {}, meta)
+    checkpoint.write(folder / "checkpoints", held, keep=1)
     checkpoint.save_published(generator, folder / "models" / "netG.pth.tar", description)
     (folder / "config.yaml").write_text("data: {train: /home/somebody/shards}\n")
     return folder

@@ -203,14 +203,8 @@ def test_safetensors_of_others_are_described_by_their_shapes(
 
 def test_published_file_and_run_open_in_one_line(generator: nn.Module, tmp_path: Path) -> None:
     checkpoint.save_published(generator, tmp_path / "netG.pth.tar", DESCRIPTION)
-    checkpoint.save(
-        tmp_path / "run" / "checkpoints",
-        step=1,
-        modules={"generator": generator},
-        training={},
-        meta={"generator": DESCRIPTION},
-        keep=1,
-    )
+    held = checkpoint.snapshot(1, {"generator": generator}, {}, {"generator": DESCRIPTION})
+    checkpoint.write(tmp_path / "run" / "checkpoints", held, keep=1)
     lr = torch.rand(1, 3, 6, 7)
     for path in (tmp_path / "netG.pth.tar", tmp_path / "run", str(tmp_path / "run")):
         assert torch.equal(sr_dist.load(path)(lr), generator(lr))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -361,6 +362,58 @@ def test_batch_and_crops_can_change_on_the_way(
     steps = samples // 4
     assert saved(folder)[1]["step"] == 9 + steps - round(steps / 2)
     assert [row["Epoch"] for row in rows(folder)] == ["1"]
+
+
+def test_checkpoints_by_the_clock_and_the_best_of_them(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = gan.training_step, []
+
+    def slow(*arguments: Any, **options: Any) -> object:
+        calls.append(1)
+        time.sleep(0.05)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(gan, "training_step", slow)
+    written = []
+    real_write = checkpoint.write
+    monkeypatch.setattr(
+        checkpoint,
+        "write",
+        lambda folder, held, **options: (
+            written.append(held.step),
+            real_write(folder, held, **options),
+        ),
+    )
+    folder = train.run(load(recipe, "checkpoint.every_minutes=0.005", "checkpoint.keep=1")).folder
+    assert 18 in written and 36 in written and 6 <= len(written) < 30
+    psnr = [float(row["PSNR"]) for row in rows(folder)]
+    best = 18 if psnr[0] > psnr[1] else 36
+    assert os.readlink(folder / "best") == f"checkpoints/step-000000{best}"
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left == sorted({f"step-000000{best}", "step-00000036"})
+    meta = json.loads((folder / "best" / "meta.json").read_text())
+    assert meta["metrics"]["psnr"] == pytest.approx(max(psnr))
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.save, []
+
+    def full(value: object, path: object) -> None:
+        calls.append(path)
+        if "step-" in str(path) and len([p for p in calls if "step-" in str(p)]) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(value, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train.run(load(recipe, "checkpoint.every_steps=4"))
+    monkeypatch.undo()
+    tensors, meta = saved(Path(load(recipe).run.output_dir) / "small")
+    assert meta["step"] == 8
+    assert saved(train.run(load(recipe, "checkpoint.every_steps=4")).folder)[1]["step"] == 36
 
 
 def test_other_shards_of_the_same_number_of_samples_are_refused(
