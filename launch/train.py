@@ -40,6 +40,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="crops per process: sets train.global_batch_size to N times the processes",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be done, and end"
+    )
     return parser.parse_intermixed_args()
 
 
@@ -64,8 +67,8 @@ def main() -> None:
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
         logging.getLogger("sr_dist.skipped").setLevel(logging.WARNING)  # on every rank
         with logging_redirect_tqdm():  # messages above the live progress line, not through it
-            result = train.run(settings)
-    if result.means:
+            result = train.run(settings, dry=arguments.dry_run)
+    if result is not None and result.means:
         print_summary(result)
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,36 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
     _sync_folder(folder)
     _prune(folder, target, keep, best)
     return target
+
+
+def expected_bytes(modules: Mapping[str, nn.Module], trained: Collection[str]) -> int:
+    """About the size of a checkpoint of `modules`, AdamW's state of those `trained` included."""
+    total = 0
+    for name, module in modules.items():
+        size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+        total += size * (3 if name in trained else 1)
+    return total
+
+
+def check_room(folder: Path, size: int, keep: int) -> int:
+    """Bytes that are free where `folder` is or will be.
+
+    Raises:
+        UserError: fewer than `keep` checkpoints of `size` bytes and the one being written need, or
+            nothing can be written there.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"cannot use {folder}: {place} is no folder that can be written to")
+    free = shutil.disk_usage(place).free
+    if free < (keep + 2) * size:
+        raise UserError(
+            f"{place} has {free / 1e6:.0f} MB free; {keep + 2} checkpoints of {size / 1e6:.0f} MB "
+            "would not fit. Make room, lower checkpoint.keep, or choose another run.output_dir."
+        )
+    return free
 
 
 def _prune(folder: Path, newest: Path, keep: int, best: str | None) -> None:

@@ -29,6 +29,9 @@ class Run:
         "auto: go on from the newest whole checkpoint; never: refuse to",
         choices=("auto", "never"),
     )
+    processes: int | None = setting(
+        None, "how many there must be; launchers may start fewer and not say so", minimum=1
+    )
     timeout_minutes: float = setting(
         10.0, "without a sign of life after which a rank counts as lost and the run ends", above=0
     )

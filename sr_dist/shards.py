@@ -362,6 +362,22 @@ def samples_of_step(plan: Plan, step: int) -> list[tuple[int, int, int]]:
     return rows
 
 
+def check_files(index: Index, settings: storage.Settings = storage.DEFAULT) -> list[str]:
+    """What is wrong with the files of an index, by their sizes; of remote ones the first alone."""
+    problems = []
+    remote = storage.is_remote(index.root)
+    for number, shard in enumerate(index.shards[:1] if remote else index.shards):
+        address = index.address(number)
+        try:
+            size = storage.size_of(address, settings)
+        except OSError as error:
+            problems.append(f"{address} cannot be read: {error.strerror or error}")
+            continue
+        if size != shard.bytes:
+            problems.append(f"{address} has {size} bytes, the index says {shard.bytes}")
+    return problems
+
+
 def names_of_step(index: Index, plan: Plan, step: int) -> list[str]:
     """`shard/key` of every row of global step `step`, from 0, for messages; reads the shards."""
     names = []

@@ -81,6 +81,17 @@ def read_bytes(address: str, settings: Settings = DEFAULT) -> bytes:
     return data
 
 
+def size_of(address: str, settings: Settings = DEFAULT) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+    """
+    if not is_remote(address):
+        return Path(address.removeprefix("file://")).stat().st_size
+    return int(_attempt(address, settings, 0, lambda fs, path: fs.size(path)))
+
+
 def sha256_of_file(address: str, settings: Settings = DEFAULT) -> tuple[str, int]:
     """The hash and the number of bytes of a file."""
     digest, size = hashlib.sha256(), 0
@@ -97,7 +108,7 @@ class _Remote(io.RawIOBase):
     def __init__(self, address: str, settings: Settings, size: int | None) -> None:
         self.address, self.settings = address, settings
         if size is None:
-            size = _attempt(address, settings, 0, lambda fs, path: int(fs.size(path)))
+            size = size_of(address, settings)
         self.size, self.place = size, 0
 
     def readable(self) -> bool:

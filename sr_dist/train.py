@@ -61,8 +61,10 @@ class Position:
     place: int = 0
 
 
-def run(config: Config) -> Result:
+def run(config: Config, dry: bool = False) -> Result | None:
     """Train as configured, from the newest checkpoint of the run if there is one.
+
+    `dry`: check all that can be checked, say what would be done, and return None.
 
     Raises:
         UserError: the configuration does not fit the data, the machine or the run's checkpoint.
@@ -74,14 +76,19 @@ def run(config: Config) -> Result:
         folder = Path(config.run.output_dir) / config.run.name / "checkpoints"
         saver = checkpoint.Saver(folder, keep=config.checkpoint.keep, best=config.checkpoint.best)
         with processes.watch.signals(), saver:
-            return _run(config, processes, saver)
+            return _run(config, processes, saver, dry)
 
 
-def _run(config: Config, processes: Processes, saver: checkpoint.Saver) -> Result:
+def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool) -> Result | None:
     data, batch_size = config.data, config.train.global_batch_size
     folder = Path(config.run.output_dir) / config.run.name
 
     # Everything that can be wrong is looked at before anything is written.
+    if config.run.processes not in (None, processes.world_size):
+        raise UserError(
+            f"run.processes is {config.run.processes}, but the launcher started "
+            f"{processes.world_size}; see launch/accelerate/ for configurations that start several"
+        )
     parts = processes.world_size * config.train.accumulation_steps
     if batch_size % parts:
         raise UserError(
@@ -108,6 +115,12 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver) -> Resul
         crop_size=data.crop_size,
     )
     if processes.is_main:
+        problems = shards.check_files(index, reading)
+        if problems and config.stream.on_error == "stop":
+            more = f" ({len(problems)} shards are not as indexed)" if len(problems) > 1 else ""
+            raise UserError(f"shard {problems[0]}{more}; write the shards again")
+        for problem in problems:
+            log.warning("shard %s", problem)
         validation_pictures = evaluate.check(
             data.validation, scale=data.scale, channels=data.channels, bits=data.bits
         )
@@ -169,19 +182,18 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver) -> Resul
         return Result(folder, means, skipped.count, protocol)
     tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        changes = _changes(folder / "config.yaml", config) if start is not None else []
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        tracker = tracking.Tracker(
-            folder, first_step=first_step, first_epoch=position.place // steps_per_epoch
-        )
-        tracker.config(to_yaml(config), first_step)
+        size = checkpoint.expected_bytes(networks.weights, networks.optimizers)
+        free = checkpoint.check_room(folder, size, config.checkpoint.keep)
         log.info(
-            "%s on %s, precision %s; %s parameters in the generator",
+            "%s on %s, precision %s; %s parameters in the generator, %s in the discriminator; "
+            "checkpoints of about %.0f MB, %.0f GB free",
             "1 process" if processes.world_size == 1 else f"{processes.world_size} processes",
             processes.device.type,
             processes.mixed_precision,
             f"{models.count_parameters(networks.generator):,}",
+            f"{models.count_parameters(networks.discriminator):,}" if networks.discriminator else 0,
+            size / 1e6,
+            free / 1e9,
         )
         log.info(
             "training on %d samples in %d shard(s) (%d left out of each epoch, others each time), "
@@ -198,8 +210,17 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver) -> Resul
             log.info("starting from the generator of %s", config.train.start_from)
         if start is not None:
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
-            for change in changes:
+            for change in _changes(folder / "config.yaml", config):
                 log.info("changed since: %s", change)
+    if dry:
+        return None
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        tracker = tracking.Tracker(
+            folder, first_step=first_step, first_epoch=position.place // steps_per_epoch
+        )
+        tracker.config(to_yaml(config), first_step)
     batches = stream.batches(
         stream.CropStream(
             index=index,

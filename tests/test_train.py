@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -455,6 +456,41 @@ def test_nothing_is_written_before_all_is_checked(recipe: Path, tmp_path: Path) 
         train.run(load(recipe))
     (tmp_path / "chelsea.png").write_text("no picture")
     with pytest.raises(UserError, match="chelsea.png no picture"):
+        train.run(load(recipe))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(recipe: Path, tmp_path: Path) -> None:
+    done = succeed("launch/train.py", "--config", recipe, "--dry-run", "loss.content.weight=0")
+    assert not (tmp_path / "runs").exists()
+    assert "1 process on cpu, precision no; 2,201 parameters" in done.stderr
+    assert re.search(r"checkpoints of about [1-9]\d* MB, \d+ GB free", done.stderr)
+    assert "18 steps of 8 crops an epoch; validation on 1 pictures" in done.stderr
+    assert done.stdout == ""
+
+
+def test_files_room_and_processes_are_checked_before_the_first_step(
+    recipe: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="run.processes is 2, but the launcher started 1"):
+        train.run(load(recipe, "run.processes=2"))
+    folder = tmp_path / "damaged"
+    shutil.copytree(sharded, folder)
+    tar = folder / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    size = tar.stat().st_size
+    message = f"shard .*shard-000002.tar has {size} bytes, the index says {size + 512}; write"
+    with pytest.raises(UserError, match=message):
+        train.run(load(recipe, f"data.train={folder}"))
+    tar.unlink()
+    with pytest.raises(UserError, match="shard-000002.tar cannot be read: No such file"):
+        train.run(load(recipe, f"data.train={folder}"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is no folder that can be written to"):
+        train.run(load(recipe, f"run.output_dir={tmp_path}/file"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+    with pytest.raises(UserError, match=r"has 1 MB free; 5 checkpoints of \d+ MB would not fit"):
         train.run(load(recipe))
     assert not (tmp_path / "runs").exists()
 
