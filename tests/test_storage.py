@@ -346,7 +346,8 @@ checkpoint: {{every_steps: 5}}
         start_new_session=True,
     ) as running:
         deadline = time.monotonic() + 120
-        while not (seen / "first-0").exists() or len((seen / "first-0").read_text().split()) < 9:
+        checkpoint = tmp_path / "runs" / "far" / "checkpoints" / "step-00000005"
+        while not checkpoint.exists() or len((seen / "first-0").read_text().splitlines()) < 9:
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.05)
         os.killpg(running.pid, 9)
