@@ -237,14 +237,21 @@ def find_newest(folder: Path, names: Container[str] | None = None) -> Checkpoint
 
 
 def find_start(folder: Path, resume: str, identity: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint below `folder` that a run goes on from.
+    """The checkpoint that a run goes on from: the newest below `folder`, its own, if there is one.
 
+    `resume`: auto; never, which refuses to; or a checkpoint, or a run's folder: a run without
+    checkpoints of its own goes on from there, and a run goes back to one of its own.
     `identity`: sections of settings that a run cannot change on its way, as `meta.json` holds them.
 
     Raises:
-        UserError: there is one where `resume` is never, or it is of another model or data.
+        UserError: there is one where `resume` is never, it is of another model or data, or what
+            `resume` names is none.
     """
     found = find_newest(folder)
+    if resume not in ("auto", "never"):
+        named = find_in(Path(resume), names=None)
+        if found is None or named.folder.resolve().parent == folder.resolve():
+            found = named
     if found is None:
         return None
     if resume == "never":
@@ -342,16 +349,18 @@ def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def find_in(path: Path) -> Checkpoint:
+def find_in(path: Path, names: Container[str] | None = _GENERATORS) -> Checkpoint:
     """The checkpoint that `path` is, or the newest of a run's folder.
+
+    `names`: the files that matter; None for all.
 
     Raises:
         UserError: there is none that is whole.
     """
     if (path / META).exists():
-        return verify(path, _GENERATORS)
+        return verify(path, names)
     inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = find_newest(inside, _GENERATORS)
+    found = find_newest(inside, names)
     if found is None:
         files = sorted(file.name for file in path.glob("netG_*.pth.tar"))
         hint = f", or a file in it, such as {files[-1]}" if files else ""

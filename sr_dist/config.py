@@ -26,8 +26,9 @@ class Run:
     seed: int = setting(0, "seeds weights, sample order, crops and flips", minimum=0, maximum=2**63)
     resume: str = setting(
         "auto",
-        "auto: go on from the newest whole checkpoint; never: refuse to",
-        choices=("auto", "never"),
+        "auto: go on from the run's newest whole checkpoint; never: refuse to; a checkpoint or a "
+        "run's folder: a new run goes on from there, and a run goes back to one of its own",
+        path=True,
     )
     processes: int | None = setting(
         None, "how many there must be; launchers may start fewer and not say so", minimum=1

@@ -336,6 +336,32 @@ def test_lpips_is_measured_where_it_is_asked_for(recipe: Path, tmp_path: Path) -
     assert points["lpips/bicubic"][0][1] > 0
 
 
+def test_a_run_can_go_back_and_another_can_go_on(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    often = ("checkpoint.every_steps=9", "checkpoint.keep=9")
+    first = train.run(load(recipe, *often))
+    expected, _ = saved(first.folder)
+    middle = first.folder / "checkpoints" / "step-00000027"
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, *often, f"run.resume={middle}"))
+    assert f"going on from {middle}, step 27 of 36" in caplog.text
+    again, _ = saved(first.folder)
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2"]
+
+    branch = ("run.name=branch", f"run.resume={middle}")
+    other = train.run(load(recipe, *branch))
+    branched, _ = saved(other.folder)
+    assert all(torch.equal(branched[name], value) for name, value in expected.items())
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, *branch))
+    assert "branch has its 2 epochs" in caplog.text, "its own checkpoints come first"
+    with pytest.raises(UserError, match="nowhere holds no whole checkpoint"):
+        train.run(load(recipe, "run.name=x", "run.resume=nowhere"))
+
+
 def test_batch_and_crops_can_change_on_the_way(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
