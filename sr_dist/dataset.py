@@ -58,7 +58,7 @@ def _is_sample_photograph(path: Path) -> bool:
     if path.name in _NOT_SAMPLED:
         return False
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=images.FORMATS) as image:
             if image.mode != "RGB" or min(image.size) < _LEAST_SIDE:
                 return False
         picture = images.decode(path, 3)

@@ -30,6 +30,8 @@ CLASSICAL_METHODS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+# Of Pillow's readers no others: some run programs (EPS starts Ghostscript), whatever a file's name.
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # JPEG: phones' MPO as well
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 _GRAY_MODES = ("1", "L", "LA")
@@ -342,7 +344,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _open(source: bytes | Path) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        image = Image.open(file, formats=FORMATS)
         frames = getattr(image, "n_frames", 1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -332,7 +332,7 @@ def _probe(options: Options, picture: tuple[Path, str]) -> _Source:
         reason = f"is {width}x{height} pixels; the short side must be {options.min_size} or more"
         return dataclasses.replace(source, reject=reason)
     if options.encode == "keep":
-        with Image.open(path) as image:
+        with Image.open(path, formats=images.FORMATS) as image:
             if image.format not in _KEPT_ENDINGS:
                 reason = f"is {image.format}, which shards cannot keep"
                 return dataclasses.replace(source, reject=reason)
@@ -442,7 +442,7 @@ def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, byte
     digest = hashlib.sha256(data).hexdigest()
     for top, left, height, width in source.tiles(options):
         if options.encode == "keep":
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
                 ending, encoded = _KEPT_ENDINGS[str(image.format)], data
         else:
             tile = picture[top : top + height, left : left + width].copy()

@@ -208,6 +208,10 @@ class DamagedShard(ValueError):
     """A tar that cannot be read to its end; the message goes on from its name."""
 
 
+class UnreadableShard(DamagedShard):
+    """A tar that the network or this machine did not let be read: it may well be whole."""
+
+
 def read_samples(
     address: str,
     settings: storage.Settings = storage.DEFAULT,
@@ -230,8 +234,10 @@ def read_samples(
             yield from tars.read_samples(file, passed_over=passed_over)
     except tars.DamagedTar as error:
         raise DamagedShard(f"is damaged: {error}") from error
+    except FileNotFoundError as error:
+        raise DamagedShard("is not there") from error
     except OSError as error:
-        raise DamagedShard(f"cannot be read: {error.strerror or error}") from error
+        raise UnreadableShard(f"cannot be read: {error.strerror or error}") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: counts may be many

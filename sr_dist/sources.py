@@ -343,7 +343,7 @@ def inspect(path: Path, max_pixels: int) -> tuple[str, str, int]:
     """
     # Pillow's readers raise whatever damaged bytes provoke, and no picture is to end a long run.
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=images.FORMATS) as image:
             (width, height), kind = image.size, image.format or ""
     except Image.DecompressionBombError as error:
         raise images.PictureError(f"is too large: {error}") from None

@@ -203,6 +203,12 @@ class _Reader:
                     number += 1
                     if number == segment.stop:
                         break
+            except shards.UnreadableShard as error:
+                # Never skipped: what took its place would depend on the weather.
+                raise DataError(
+                    f"shard {self.stream.index.address(segment.shard)} {error}. Run the same "
+                    "command to go on from the last checkpoint."
+                ) from None
             except shards.DamagedShard as error:
                 problem = f"{error}, at sample {number} of {shard.count}"
             if number < segment.stop:
@@ -244,8 +250,7 @@ class _Reader:
             return DataError(
                 f"shard {address} is gone; its folder's index.json still lists it. Put it back."
             )
-        if not what.startswith("cannot be read"):
-            what = f"is damaged: {what.removeprefix('is damaged: ')}"
+        what = f"is damaged: {what.removeprefix('is damaged: ')}"
         return DataError(
             f"shard {address} {what}. 'python tools/make_shards.py verify' lists all "
             "that is wrong; write the shard again, or train without such samples with "

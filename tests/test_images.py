@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_decode_with_alpha_keeps_colour_and_alpha() -> None:
         (
             encoded(
                 Image.new("L", (8, 8)),
-                "gif",
+                "tiff",
                 save_all=True,
                 append_images=[Image.new("L", (8, 8), 9)],
             ),
@@ -188,6 +189,22 @@ def test_8_bits_of_16() -> None:
     assert images.to_8_bits(own, 12) is own
 
 
+@pytest.mark.parametrize(
+    "data", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"GIF89a", b"8BPS\0\1"]
+)
+def test_formats_that_are_not_named_are_not_tried(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EPS starts a program, whatever the file is called."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
+    (tmp_path / "a.png").write_bytes(data + bytes(200))
+    for read in (images.read_size, images.own_channels, images.decode_with_alpha):
+        with pytest.raises(images.PictureError, match="of no known format"):
+            read(tmp_path / "a.png")
+    assert not started
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_32_bits_are_refused(mode: str) -> None:
     with pytest.raises(images.PictureError, match="more than 8 bits a channel"):
@@ -209,7 +226,7 @@ def test_damaged_bytes_only_ever_raise_picture_errors(picture: images.Picture) -
     image = Image.fromarray(picture)
     files = [encoded(image, kind, exif=exif) for kind in ("png", "jpeg", "webp", "tiff")] + [
         encoded(image, "bmp"),
-        encoded(image.convert("P"), "gif"),
+        encoded(image.convert("P"), "png"),
     ]
     random = np.random.default_rng(0)
     refused = 0
