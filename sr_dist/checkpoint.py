@@ -71,15 +71,20 @@ def snapshot(
     step: int, modules: Mapping[str, nn.Module], training: dict[str, Any], meta: dict[str, Any]
 ) -> Snapshot:
     """`modules`: whose weights, by file name."""
-    weights = {name: _copied(module.state_dict()) for name, module in modules.items()}
+    weights = {
+        name: {key: value.contiguous() for key, value in _copied(module.state_dict()).items()}
+        for name, module in modules.items()
+    }
     return Snapshot(step, weights, _copied(training), meta)
 
 
 def _copied(value: Any) -> Any:
-    """Tensors on the CPU, in memory of their own and contiguous; containers anew."""
+    """Tensors on the CPU, in memory of their own; containers anew.
+
+    Strides stay: the fused optimiser pairs its state with the weights by their order in memory.
+    """
     if isinstance(value, Tensor):
-        copy = value.detach().to("cpu", copy=True)
-        return copy.contiguous()
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -259,6 +259,31 @@ def test_a_stopped_run_ends_bit_identical(
             assert other[tag] == one[tag], f"{tag}: no point is lost or doubled"
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("model.generator.name=srgan", "model.discriminator.name=srgan"),
+        ("model.discriminator.name=unet", "model.discriminator.spectral_norm=true"),
+    ],
+    ids=["srgan", "unet"],
+)
+def test_a_stopped_run_of_other_networks_ends_bit_identical(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, model: tuple[str, ...]
+) -> None:
+    """Their kernels lie otherwise in memory than separable ones."""
+    settings = (*model, "checkpoint.every_steps=4", "train.epochs=1", "train.warmup_images=0")
+    unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
+    stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(load(recipe, *settings, "run.name=stopped"))
+    monkeypatch.undo()
+    again = train.run(load(recipe, *settings, "run.name=stopped"))
+    expected, found = saved(unbroken.folder)[0], saved(again.folder)[0]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_a_complete_run_says_so_and_can_be_prolonged(
     recipe: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
