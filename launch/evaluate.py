@@ -82,7 +82,7 @@ def main() -> None:
         import torch
         from tqdm import tqdm
 
-        from sr_dist import checkpoint, evaluate, lpips, metrics, report
+        from sr_dist import evaluate, generators, lpips, metrics, report
 
         scale = arguments.scale
         if not arguments.method and not arguments.checkpoint:
@@ -97,7 +97,7 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         channels = {}
         for path in arguments.checkpoint:
-            generator, description = checkpoint.load_generator(path)
+            generator, description = generators.load(path)
             if description["scale"] != scale:
                 raise UserError(
                     f"{path} enlarges {description['scale']} times, but --scale is {scale}"

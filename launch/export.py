@@ -91,11 +91,11 @@ def main() -> None:
                     f"folder, not for {output}"
                 )
         # Slow to import, so after what can be said without them.
-        from sr_dist import checkpoint, export, model_card
+        from sr_dist import export, generators, model_card
 
         export.check_output(output, kind)
         paths = arguments.interpolate or [arguments.checkpoint]
-        loaded = [checkpoint.load_generator(path) for path in paths]
+        loaded = [generators.load(path) for path in paths]
         generator, description = loaded[0]
         if arguments.interpolate:
             generator = export.interpolate(*loaded, arguments.alpha)

@@ -62,7 +62,7 @@ def main() -> None:
         import torch
         from tqdm import tqdm
 
-        from sr_dist import checkpoint, dataset, images, upscale
+        from sr_dist import dataset, generators, images, upscale
 
         if not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
@@ -74,7 +74,7 @@ def main() -> None:
         for path, _ in pictures:
             if path.resolve() in written:
                 raise UserError(f"{path} would be overwritten by a result; choose another --output")
-        generator, description = checkpoint.load_generator(arguments.checkpoint)
+        generator, description = generators.load(arguments.checkpoint)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         generator.to(device=device, memory_format=torch.channels_last)
         rejects = []

@@ -25,7 +25,7 @@ def load(path_or_repo: str | Path, revision: str | None = None) -> nn.Module:
     Raises:
         sr_dist.errors.UserError: there is no generator, or its weights do not fit.
     """
-    from sr_dist import checkpoint  # here, so that `import sr_dist` does not load torch
+    from sr_dist import generators  # here, so that `import sr_dist` does not load torch
 
-    generator, _ = checkpoint.load_generator(path_or_repo, revision)
+    generator, _ = generators.load(path_or_repo, revision)
     return generator

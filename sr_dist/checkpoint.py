@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, and the files that hold a generator.
+"""Checkpoints that appear whole or not at all.
 
 `checkpoints/step-00001000/` holds safetensors of the weights, `training.pt` with what else a run
 needs to go on, and `meta.json` with the hash of each file; `meta.json` is written last.
@@ -7,13 +7,12 @@ needs to go on, and `meta.json` with the hash of each file; `meta.json` is writt
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sr_dist import model_files, models, weights
+from sr_dist import storage
+from sr_dist import weights as weight_files
 from sr_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 META = "meta.json"
 TRAINING = "training.pt"
 _GENERATORS = ("ema.safetensors", "generator.safetensors")
-EXTRA = "sr_dist"  # the key that our .pth.tar files carry beside "model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def snapshot(
 ) -> Snapshot:
     """`modules`: whose weights, by file name."""
     weights = {
-        name: {key: value.contiguous() for key, value in _copied(module.state_dict()).items()}
+        name: {key: value.clone() for key, value in weight_files.contiguous(module).items()}
         for name, module in modules.items()
     }
     return Snapshot(step, weights, _copied(training), meta)
@@ -298,60 +297,9 @@ def verify(folder: Path, names: Container[str] | None = None) -> Checkpoint:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder} is no whole checkpoint: {name} is missing")
-        if _hash(path) != expected:
+        if storage.sha256_of_file(str(path))[0] != expected:
             raise UserError(f"{folder} is no whole checkpoint: {name} is not what was saved")
     return Checkpoint(folder, meta)
-
-
-def save_published(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
-    """Write `{"model": state_dict}`, the format of the published checkpoints.
-
-    `description` (the arguments of `models.build_generator`) lies beside it under a key of its own,
-    which readers of the published format do not look at.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    torch.save({"model": _contiguous(module.state_dict()), EXTRA: description}, partial)
-    os.replace(partial, path)
-
-
-def load_generator(
-    path: Path | str, revision: str | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A generator in evaluation mode and its description, from anything that holds one.
-
-    `path`: a run's folder or one of its checkpoints (the averaged weights where there are some), a
-    `.pth.tar` in the published format, ours or another's, a folder or `.safetensors` file that
-    `export` wrote, or `owner/name`, a Hugging Face repository with what is in such a folder.
-    `revision`: that repository's branch, tag or commit.
-
-    Raises:
-        UserError: there is none, or its weights do not fit.
-    """
-    state, description, where = _read(Path(path), revision)
-    try:
-        generator = models.build_generator(**description)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{where} holds a model that this version does not know: {error}") from None
-    weights.load(generator, state, where)
-    return generator.eval(), description
-
-
-def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of the generator in `path`, which must be of the same `description`.
-
-    Raises:
-        UserError: there is none, or its architecture is another.
-    """
-    state, found, where = _read(path)
-    differing = [
-        f"{key} {found.get(key)} instead of {description[key]}"
-        for key in description
-        if found.get(key) != description[key]
-    ]
-    if differing:
-        raise UserError(f"{where} holds another generator: {', '.join(differing)}")
-    return state
 
 
 def find_in(path: Path, names: Container[str] | None = _GENERATORS) -> Checkpoint:
@@ -375,41 +323,6 @@ def find_in(path: Path, names: Container[str] | None = _GENERATORS) -> Checkpoin
     return found
 
 
-def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """The state dict of a generator, its description, and what messages call its place."""
-    repository = None if path.exists() else model_files.repository(path)
-    if repository is not None:
-        where = f"{repository} (Hugging Face)"
-        return *model_files.read_folder(model_files.download(repository, revision), where), where
-    if revision is not None:
-        raise UserError(f"{path} is no Hugging Face repository, and has no revision {revision}")
-    if model_files.is_folder(path):
-        return *model_files.read_folder(path), str(path)
-    if path.is_dir():
-        checkpoint = find_in(path)
-        held = "ema" if checkpoint.has("ema") else "generator"
-        return checkpoint.weights(held), checkpoint.meta["generator"], str(path)
-    if path.is_file():
-        is_safetensors = path.suffix == model_files.SUFFIX
-        read = model_files.read_file if is_safetensors else _read_published
-        return *read(path), str(path)
-    raise UserError(
-        f"{path} does not exist; expected a run's folder, a checkpoint's, an exported model's, a "
-        ".pth.tar or .safetensors file, or owner/name on Hugging Face"
-    )
-
-
-def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    values = weights.read(path)
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise UserError(f'{path} is no generator: expected {{"model": state_dict}}')
-    state = values["model"]
-    described = values.get(EXTRA) or {}
-    if isinstance(described, dict) and "head" in described:
-        raise UserError(f"{path} holds a discriminator; expected a generator (netG_…)")
-    return state, model_files.fitting(described, state, str(path))
-
-
 def _folders(folder: Path) -> list[Path]:
     """Checkpoints, newest first by number."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
@@ -420,27 +333,10 @@ def _step(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            yield block
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def _sync_and_hash(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _hash(path)
+    return storage.sha256_of_file(str(path))[0]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sr_dist import images, storage
+from sr_dist import files, images, storage
 from sr_dist.errors import UserError
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what, total) → items
@@ -192,11 +192,8 @@ def split(
         by_share = sorted(movable, key=lambda name: (shares[name], name))
         validation ^= {by_share[0] if not validation else by_share[-1]}
     sides = ([name for name in names if name not in validation], sorted(validation))
-    output.mkdir(parents=True, exist_ok=True)
     for side, listed in zip(("train", "val"), sides, strict=True):
-        partial = output / f".{side}.txt.part"
-        partial.write_text("".join(f"{name}\n" for name in listed), encoding="utf-8")
-        os.replace(partial, output / f"{side}.txt")
+        files.write_whole(output / f"{side}.txt", "".join(f"{name}\n" for name in listed))
     return sides
 
 

@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sr_dist import __version__, checkpoint, model_card, model_files
+from sr_dist import __version__, checkpoint, files, generators, model_card, model_files
 from sr_dist.errors import UserError
 from sr_dist.models import folding
 
@@ -109,7 +109,7 @@ def write_onnx(generator: nn.Module, description: Mapping[str, Any], output: Pat
             lambda lr: torch.from_numpy(session.run(["sr"], {"lr": lr.numpy()})[0]),
         )
         _check_difference(difference, "onnx", output)
-    model_files.write_file(output, data)
+    files.write_whole(output, data)
     return difference
 
 
@@ -135,7 +135,7 @@ def write_torch_export(generator: nn.Module, description: Mapping[str, Any], out
     loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     difference = _difference(generator, description, loaded)
     _check_difference(difference, "torch_export", output)
-    model_files.write_file(output, buffer.getvalue())
+    files.write_whole(output, buffer.getvalue())
     return difference
 
 
@@ -160,11 +160,11 @@ def write_safetensors(
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / _name("safetensors")
         trial.write_bytes(data)
-        loaded, _ = checkpoint.load_generator(trial)
+        loaded, _ = generators.load(trial)
     difference = _difference(generator, description, loaded)
     _check_difference(difference, "safetensors", output)
     if output.suffix == model_files.SUFFIX:
-        model_files.write_file(output, data)
+        files.write_whole(output, data)
     else:
         parameters = sum(parameter.numel() for parameter in folded.parameters())
         facts = facts or model_card.Facts(output.name, sources=())
@@ -208,7 +208,7 @@ def interpolate(
 
 
 def find_source(path: Path) -> model_card.Source:
-    """What the files around a checkpoint say of its training; `path` as in `load_generator`."""
+    """What the files around a checkpoint say of its training; `path` as in `generators.load`."""
     recipe = meta = None
     if path.exists():
         path = path.absolute()

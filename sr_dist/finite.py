@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from sr_dist import shards
+from sr_dist import shards, storage
 from sr_dist.distributed import Processes
 from sr_dist.errors import UserError
 
@@ -74,6 +75,7 @@ def check_updates(
     processes: Processes,
     index: shards.Index,
     plan: shards.Plan,
+    reading: storage.Settings,
     *,
     skips: bool,
     most_in_a_row: int,
@@ -99,7 +101,7 @@ def check_updates(
     table[processes.rank] = torch.stack([nonfinite.terms[name] for name in names]).float()
     causes = []
     per_rank = plan.global_batch_size // processes.world_size
-    samples = shards.names_of_step(index, plan, place_of_step_0 + step - 1)
+    samples = _names(index, plan, place_of_step_0 + step - 1, reading)
     for rank, flags in enumerate(processes.sum(table).bool().tolist()):
         terms = [n for n, bad in zip(names, flags, strict=True) if bad and n.startswith("loss/")]
         if terms:
@@ -111,3 +113,22 @@ def check_updates(
         "was touched. Run again to go on from the last checkpoint, with a lower learning rate, "
         "without mixed precision, or with train.on_nonfinite=skip."
     )
+
+
+def _names(
+    index: shards.Index, plan: shards.Plan, step: int, reading: storage.Settings
+) -> list[str]:
+    """`shard/key` of every row of global step `step`, from 0; reads the shards."""
+    names = []
+    for shard, sample, _ in shards.samples_of_step(plan, step):
+        described = index.shards[shard]
+        offset, first = described.mark_before(sample)
+        samples = shards.read_samples(
+            index.address(shard), reading, offset=offset, passed_over=described.count
+        )
+        try:
+            key = next(itertools.islice(samples, sample - first, None)).key
+        except (shards.DamagedShard, StopIteration):
+            key = f"number {sample}"
+        names.append(f"{described.name}/{key}")
+    return names

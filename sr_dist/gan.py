@@ -369,7 +369,7 @@ def apply_settings(
             group["lr"] = rates[name]
             group["betas"] = (its["beta1"], its["beta2"])
             group["weight_decay"] = its["weight_decay"]
-            group["clip_norm"] = its["clip_norm"]  # for Processes.clip_gradients
+            group["clip_norm"] = its["clip_norm"]  # for Processes.step
     return rates
 
 

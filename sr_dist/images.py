@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+from sr_dist import files
 from sr_dist.errors import UserError
 
 Picture = npt.NDArray[np.uint8]  # (H, W, C)
@@ -52,15 +53,15 @@ def find(folder: Path) -> list[Path]:
     """
     found: list[Path] = []
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [each for each in folders if not each.startswith(".")]
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
         seen.add(real)
         found += [
             Path(place, name)
-            for name in files
+            for name in names
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
         ]
     for path in found:
@@ -235,10 +236,10 @@ def save(picture: Picture, path: Path, profile: bytes | None = None) -> None:
 
     `profile`: an ICC profile to store with it.
     """
-    partial = path.with_name(f".{path.name}.part")
     image_format = Image.registered_extensions()[path.suffix.lower()]
-    to_pillow(picture).save(partial, format=image_format, icc_profile=profile)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    to_pillow(picture).save(buffer, format=image_format, icc_profile=profile)
+    files.write_whole(path, buffer.getvalue())
 
 
 def random_crop(

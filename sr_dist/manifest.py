@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sr_dist import files
 from sr_dist.errors import UserError
 
 NAME = "manifest.csv"
@@ -48,12 +50,11 @@ def write_failures(folder: Path, failures: Sequence[tuple[str, str]]) -> None:
 
 
 def _write(path: Path, header: list[str], rows: Sequence[Sequence[object]]) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    os.replace(partial, path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    files.write_whole(path, text.getvalue())
 
 
 def _read(path: Path) -> list[Row]:

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sr_dist import __version__, models
+from sr_dist import __version__, files, models, weights
 from sr_dist.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -163,9 +163,9 @@ def write_folder(folder: Path, data: bytes, description: Mapping[str, Any], card
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_file(partial / WEIGHTS, data)
-        write_file(partial / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        write_file(partial / CARD, card.encode())
+        files.write_whole(partial / WEIGHTS, data)
+        files.write_whole(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+        files.write_whole(partial / CARD, card)
         if folder.exists():
             os.rename(folder, old)
         os.rename(partial, folder)
@@ -203,25 +203,9 @@ def check_folder(folder: Path) -> None:
 
 def tensors(generator: nn.Module, description: Mapping[str, Any]) -> bytes:
     """The content of a .safetensors file: the state dict, and `description` in its header."""
-    state = {
-        key: value.detach().cpu().contiguous() for key, value in generator.state_dict().items()
-    }
+    state = weights.contiguous(generator)
     header = {"format": "pt", "sr_dist": __version__, _KEY: json.dumps(dict(description))}
     return safetensors.torch.save(state, header)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def repository(path: PurePath) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sr_dist import evaluate, images
+from sr_dist import evaluate, files, images
 
 _ZOOM_SIDE = 64  # HR pixels of the enlarged detail
 _ZOOM = 4
@@ -39,7 +39,6 @@ class Writer:
         """Write the side-by-side picture; keep what the report shows of it."""
         name = evaluate.unused_name(evaluate.file_name(pair.name), self.files)
         self.files.add(name)
-        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
         images.save(evaluate.side_by_side(pair, results), self.folder / "pictures" / f"{name}.png")
         shown = {
             "LR": images.enlarge(pair.lr, self.scale, "nearest"),
@@ -65,9 +64,9 @@ class Writer:
                 for mean in means
             ],
         }
-        _write(self.folder / _METRICS, json.dumps(summary, indent=1) + "\n")
-        _write(self.folder / "metrics.csv", _csv(rows))
-        _write(self.folder / "report.html", self._html(rows, means))
+        files.write_whole(self.folder / _METRICS, json.dumps(summary, indent=1) + "\n")
+        files.write_whole(self.folder / "metrics.csv", _csv(rows))
+        files.write_whole(self.folder / "report.html", self._html(rows, means))
         return summary
 
     def _html(self, rows: Sequence[evaluate.Row], means: Sequence[evaluate.Mean]) -> str:
@@ -196,12 +195,6 @@ def _inline(picture: images.Picture, exact: bool = False) -> str:
         buffer, format="webp", lossless=exact, quality=92 if not exact else 50
     )
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 _PAGE = """<!doctype html>

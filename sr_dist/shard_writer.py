@@ -1,4 +1,4 @@
-"""Write shards from pictures, index shards that others made, verify either.
+"""Write shards from pictures.
 
 Each picture belongs to one shard, and each shard is a job of its own, so any number of workers
 writes the same bytes. A shard appears under its name when it is whole; what a stopped run finished
@@ -28,7 +28,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from sr_dist import images, shards, storage, tars
+from sr_dist import files, images, shards, storage, tars
 from sr_dist.errors import UserError
 
 Given = TypeVar("Given")
@@ -135,6 +135,7 @@ def write(
     except UserError:
         _remove_ours(output)
         raise
+    _remove_partial(output)
     # The list of rejects comes first: index.json marks the shards as complete.
     lines = "".join(
         json.dumps({"source": reject["name"], "reason": reject["reject"]}) + "\n"
@@ -142,104 +143,14 @@ def write(
     )
     (output / "rejects.jsonl").unlink(missing_ok=True)
     if lines:
-        _write_whole(output / "rejects.jsonl", lines.encode())
+        files.write_whole(output / "rejects.jsonl", lines)
     names = ("name", "count", "bytes", "sha256", "mark_every", "marks")
     listed = [shards.Shard(**{name: result[name] for name in names}) for result in written]
     side = min(result["smallest_side"] for result in written)
     text = shards.index_text(options.channels, side, listed, recorded)
-    _write_whole(output / shards.INDEX_NAME, text.encode())
+    files.write_whole(output / shards.INDEX_NAME, text)
     shutil.rmtree(output / _PROGRESS_FOLDER)
     return Summary(sum(shard.count for shard in listed), len(listed), len(rejects))
-
-
-def index(tars: Sequence[Path], progress: Progress[Any] = lambda items, what, total: items) -> Path:
-    """Write `index.json` beside tars that others made, and return its path.
-
-    Every sample with a jpg, jpeg, png or webp member counts; others are passed over.
-
-    Raises:
-        UserError: the tars are not in one folder, an index is there, or a tar cannot be read.
-    """
-    tars = sorted(set(tars))
-    folders = {tar.parent for tar in tars}
-    if len(folders) != 1:
-        raise UserError(
-            "expected tars of one folder (index.json lies beside them), found "
-            + (", ".join(sorted(map(str, folders))) or "none")
-        )
-    target = folders.pop() / shards.INDEX_NAME
-    if target.exists():
-        raise UserError(f"{target} exists already; delete it to index the folder again")
-    listed, sides, channels = [], [], 1
-    for tar in progress(tars, "indexing", len(tars)):
-        offsets = []
-        try:
-            for sample in shards.read_samples(str(tar)):
-                if sample.problem:
-                    raise UserError(f"{tar}: sample {sample.key} {sample.problem}")
-                offsets.append(sample.offset)
-                sides.append(min(images.read_size(sample.picture)))
-                channels = max(channels, images.own_channels(sample.picture))
-        except shards.DamagedShard as error:
-            raise UserError(f"{tar} {error}") from None
-        except images.PictureError as error:
-            raise UserError(f"{tar}: sample {sample.key} {error}") from None
-        digest, size = storage.sha256_of_file(str(tar))
-        shard = shards.Shard(tar.name, len(offsets), size, digest)
-        listed.append(shards.mark(shard, offsets))
-    if not sides:
-        raise UserError(f"no sample with a picture in {len(tars)} tars")
-    text = shards.index_text(channels, min(sides), listed, {"indexed": True})
-    _write_whole(target, text.encode())
-    return target
-
-
-def verify(address: str, progress: Progress[Any] = lambda items, what, total: items) -> list[str]:
-    """All that is wrong with the shards of an index: files, bytes, hashes, counts and pictures."""
-    found = shards.read_index(address)
-    problems = []
-    for number, shard in enumerate(progress(found.shards, "verifying", len(found.shards))):
-        where = found.address(number)
-        try:
-            digest, size = storage.sha256_of_file(where)
-        except OSError as error:
-            problems.append(f"{where}: cannot be read: {error.strerror or error}")
-            continue
-        if size != shard.bytes:
-            problems.append(f"{where}: {size} bytes, the index says {shard.bytes}")
-        elif digest != shard.sha256:
-            problems.append(f"{where}: its sha256 is not the index's; its bytes were changed")
-        count = 0
-        try:
-            for sample in shards.read_samples(where):
-                if shard.mark_every and count % shard.mark_every == 0:
-                    problems += _mark_problems(where, shard, count, sample.offset)
-                count += 1
-                problems += _picture_problems(where, sample, found)
-        except shards.DamagedShard as error:
-            problems.append(f"{where} {error}, after {count} samples")
-        if count != shard.count:
-            problems.append(f"{where}: {count} samples, the index says {shard.count}")
-    return problems
-
-
-def _mark_problems(where: str, shard: shards.Shard, number: int, offset: int) -> Iterator[str]:
-    marked = number // shard.mark_every
-    if marked >= len(shard.marks) or shard.marks[marked] != offset:
-        yield f"{where}: sample {number} begins at byte {offset}, which is not what the index says"
-
-
-def _picture_problems(where: str, sample: tars.Sample, found: shards.Index) -> Iterator[str]:
-    if sample.problem:
-        yield f"{where}: sample {sample.key} {sample.problem}"
-    try:
-        picture = images.decode(sample.picture, found.channels)
-    except images.PictureError as error:
-        yield f"{where}: sample {sample.key} {error}"
-        return
-    if min(picture.shape[:2]) < found.smallest_side:
-        side = min(picture.shape[:2])
-        yield f"{where}: sample {sample.key}: {side} pixels, below the index's smallest side"
 
 
 @contextlib.contextmanager
@@ -301,12 +212,17 @@ def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
             f"{output} holds tars without an {shards.INDEX_NAME}; choose another --output, or "
             f"index them with 'python tools/make_shards.py index {output}'"
         )
+    _remove_partial(output)
+    progress.mkdir(exist_ok=True)
+    files.write_whole(inputs, json.dumps(recorded))
+    return None
+
+
+def _remove_partial(output: Path) -> None:
+    """Remove what processes that died, or were taken for dead, left unfinished."""
     for pattern in ("shard-*.part", f".{shards.INDEX_NAME}.*.part", ".rejects.jsonl.*.part"):
         for partial in output.glob(pattern):
-            partial.unlink()
-    progress.mkdir(exist_ok=True)
-    _write_whole(inputs, json.dumps(recorded).encode())
-    return None
+            partial.unlink(missing_ok=True)
 
 
 def _remove_ours(output: Path) -> None:
@@ -418,7 +334,7 @@ def _write_shard(job: _Job) -> dict[str, Any]:
         "smallest_side": min((side for _, side in samples), default=0),
         "rejects": rejects,
     }
-    _write_whole(record, json.dumps(result).encode())
+    files.write_whole(record, json.dumps(result))
     return result
 
 
@@ -458,12 +374,3 @@ def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, byte
         }
         members = {ending: encoded, "json": json.dumps(about).encode()}
         yield members, min(height, width)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

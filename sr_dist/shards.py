@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -382,21 +381,6 @@ def check_files(index: Index, settings: storage.Settings = storage.DEFAULT) -> l
         if size != shard.bytes:
             problems.append(f"{address} has {size} bytes, the index says {shard.bytes}")
     return problems
-
-
-def names_of_step(index: Index, plan: Plan, step: int) -> list[str]:
-    """`shard/key` of every row of global step `step`, from 0, for messages; reads the shards."""
-    names = []
-    for shard, sample, _ in samples_of_step(plan, step):
-        described = index.shards[shard]
-        offset, first = described.mark_before(sample)
-        try:
-            found = read_samples(index.address(shard), offset=offset, passed_over=described.count)
-            key = next(itertools.islice(found, sample - first, None)).key
-        except (DamagedShard, StopIteration):
-            key = f"number {sample}"
-        names.append(f"{described.name}/{key}")
-    return names
 
 
 def rows_of_worker(

@@ -1,7 +1,7 @@
 """Batches of crops from shards: open, skip to the position, decode, crop, downscale.
 
-The position is a step number: `start` at step t gives the batches that an unbroken run gives from
-step t on, on any number of ranks and workers (see `shards`).
+The position is a step number: a stream that begins at step t gives the batches that an unbroken one
+gives from step t on, on any number of ranks and workers (see `shards`).
 """
 
 from __future__ import annotations

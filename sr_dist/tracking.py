@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sr_dist import images
+from sr_dist import files, images
 
 log = logging.getLogger(__name__)
 skipped_log = logging.getLogger("sr_dist.skipped")  # of its own, since every rank speaks here
@@ -57,7 +56,6 @@ class Tracker:
     def picture(self, name: str, picture: images.Picture, epoch: int, step: int) -> None:
         """Into `samples/epoch_N/NAME.png` and TensorBoard."""
         path = self.folder / "samples" / f"epoch_{epoch}" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         images.save(picture, path)
         self.writer.add_image(
             f"samples/{name}", np.ascontiguousarray(picture), step, dataformats="HWC"
@@ -70,10 +68,7 @@ class Tracker:
         writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        self.csv.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.csv.with_suffix(".part")
-        partial.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(partial, self.csv)
+        files.write_whole(self.csv, text.getvalue())
         self.writer.flush()
 
     def close(self) -> None:

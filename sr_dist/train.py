@@ -13,15 +13,17 @@ import torch
 import yaml
 
 from sr_dist import (
-    __version__,
     checkpoint,
     distributed,
     evaluate,
+    files,
     finite,
     gan,
+    generators,
     lpips,
     metrics,
     models,
+    resuming,
     settings,
     shards,
     storage,
@@ -46,19 +48,6 @@ class Result:
     means: list[evaluate.Mean]  # of the last evaluation: bicubic and the model; empty off rank 0
     skipped: int  # samples that gave way to others, over all ranks and the whole run
     protocol: dict[str, object]
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run stands: after `step` updates on `images_seen` crops.
-
-    `place`: steps of the present plan that lie behind it, which are as many unless the batch or the
-    crops were changed on the way.
-    """
-
-    step: int = 0
-    images_seen: int = 0
-    place: int = 0
 
 
 def run(config: Config, dry: bool = False) -> Result | None:
@@ -128,7 +117,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
     first_weights = None
     if start is None and config.train.start_from is not None:
-        first_weights = checkpoint.load_state(Path(config.train.start_from), identity["generator"])
+        first_weights = generators.load_state(Path(config.train.start_from), identity["generator"])
     values_of = dataclasses.asdict(config)
     networks = gan.build_networks(
         processes,
@@ -140,7 +129,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     objective = gan.build_objective(**values_of["loss"], device=processes.device)
 
     # Where the run stands.
-    position = Position() if start is None else _position(start, plan)
+    position = resuming.Position() if start is None else resuming.position_of(start, plan)
     first_step, steps_per_epoch = position.step, plan.steps_per_epoch
     total_steps = first_step + steps_per_epoch * config.train.epochs - position.place
     total_images = position.images_seen + (total_steps - first_step) * batch_size
@@ -151,7 +140,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         for module in (networks.generator, networks.average):
             weights.load(module, first_weights, str(config.train.start_from))
     if start is not None:
-        _restore(start, processes, networks, epoch_means, skipped)
+        resuming.restore(start, processes, networks, epoch_means, skipped)
     step_of_ranks = processes.means({"first": torch.tensor(first_step, device=processes.device)})
     if step_of_ranks["first"] != first_step:
         raise UserError(
@@ -216,7 +205,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         return None
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        files.write_whole(folder / "config.yaml", to_yaml(config))
         tracker = tracking.Tracker(
             folder, first_step=first_step, first_epoch=position.place // steps_per_epoch
         )
@@ -285,6 +274,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                 processes,
                 index,
                 plan,
+                reading,
                 skips=skips,
                 most_in_a_row=config.train.nonfinite_in_a_row,
                 place_of_step_0=position.place - first_step,
@@ -316,18 +306,18 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             if processes.is_main:
                 # The checkpoint comes after the evaluation, so that a run killed in between
                 # repeats both; an evaluation that fails takes no training with it.
+                measured: list[evaluate.Mean] = []
                 try:
                     if ends_epoch:
-                        means = []
                         if evaluates:
-                            means = validation.run(networks.evaluated(), tracker, epoch, step)
-                        _end_epoch(
-                            folder, config, networks, identity, tracker, epoch, epoch_sums, means
-                        )
+                            measured = validation.run(networks.evaluated(), tracker, epoch, step)
+                            means = measured
+                        row = (epoch, epoch_sums, measured)
+                        _end_epoch(folder, config, networks, identity, tracker, *row)
                 finally:
-                    state = _state(processes, networks, epoch_means, skipped, buffers)
-                    now = Position(step, images_seen + batch_size, place)
-                    meta = _meta(identity, processes, plan, now, means if ends_epoch else [])
+                    state = resuming.state_of(processes, networks, epoch_means, skipped, buffers)
+                    now = resuming.Position(step, images_seen + batch_size, place)
+                    meta = resuming.meta_of(identity, processes, plan, now, measured)
                     saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
                     saved_at = time.monotonic()
                 if stops:  # before any rank ends: launchers end the others then
@@ -378,80 +368,6 @@ def _identity(config: Config, index: shards.Index, plan: shards.Plan) -> dict[st
     }
 
 
-def _position(start: checkpoint.Checkpoint, plan: shards.Plan) -> Position:
-    """The checkpoint's, or under changed batches or crops the same share of its epoch."""
-    then = start.meta["position"]
-    share = then["step_in_epoch"] / then["steps_per_epoch"]
-    place = then["epochs"] * plan.steps_per_epoch + round(share * plan.steps_per_epoch)
-    return Position(start.step, start.meta["images_seen"], place)
-
-
-def _restore(
-    start: checkpoint.Checkpoint,
-    processes: Processes,
-    networks: gan.Networks,
-    epoch_means: tracking.EpochMeans,
-    skipped: tracking.Skipped,
-) -> None:
-    for name, module in networks.weights.items():
-        # An average that the run did not keep before starts from the generator.
-        held = name if start.has(name) else "generator"
-        weights.load(module, start.weights(held), str(start.folder))
-    state = start.training()
-    if all(start.has(name) for name in networks.weights):
-        processes.set_buffers(networks.weights.values(), state["buffers"].to(processes.device))
-    for name, optimizer in networks.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    processes.load_scaler_state(state["scaler"])
-    if processes.is_main:
-        epoch_means.sums.copy_(state["epoch_sums"])
-        skipped.count = state["skipped"]
-
-
-def _state(
-    processes: Processes,
-    networks: gan.Networks,
-    epoch_means: tracking.EpochMeans,
-    skipped: tracking.Skipped,
-    buffers: torch.Tensor,
-) -> dict[str, Any]:
-    """What a run needs beside its weights to go on."""
-    return {
-        "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
-        "scaler": processes.scaler_state(),
-        "epoch_sums": epoch_means.sums.cpu(),
-        "skipped": skipped.count,
-        "buffers": buffers.cpu(),
-    }
-
-
-def _meta(
-    identity: Mapping[str, Any],
-    processes: Processes,
-    plan: shards.Plan,
-    position: Position,
-    means: list[evaluate.Mean],
-) -> dict[str, Any]:
-    """What a checkpoint says of itself; `means`: of the evaluation at its step, if any."""
-    epochs, step_in_epoch = divmod(position.place, plan.steps_per_epoch)
-    metrics_of = {}
-    if means:
-        metrics_of = {"psnr": means[-1].psnr, "ssim": means[-1].ssim, "lpips": means[-1].lpips}
-    return {
-        **identity,
-        "epoch": epochs if step_in_epoch == 0 else epochs + 1,
-        "images_seen": position.images_seen,
-        "position": {
-            "epochs": epochs,
-            "step_in_epoch": step_in_epoch,
-            "steps_per_epoch": plan.steps_per_epoch,
-        },
-        "metrics": metrics_of,
-        "world_size": processes.world_size,
-        "versions": {"sr_dist": __version__, "torch": torch.__version__},
-    }
-
-
 def _end_epoch(
     folder: Path,
     config: Config,
@@ -472,10 +388,10 @@ def _end_epoch(
         }
     )
     name = f"{config.data.scale}x_epoch{epoch}.pth.tar"
-    checkpoint.save_published(
+    generators.save_published(
         networks.evaluated(), folder / "models" / f"netG_{name}", identity["generator"]
     )
     if networks.discriminator is not None:
-        checkpoint.save_published(
+        generators.save_published(
             networks.discriminator, folder / "models" / f"netD_{name}", identity["discriminator"]
         )

@@ -50,3 +50,8 @@ def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
                 f"{tuple(own[key].shape)}; the weights are of another width, depth or scale"
             )
     module.load_state_dict(state)
+
+
+def contiguous(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, in the memory order that files of weights have."""
+    return {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}

@@ -83,3 +83,29 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[local_server.Server]:
     yield running
     running.shutdown()
     running.server_close()
+
+
+@pytest.fixture
+def recipe(sharded: Path, photographs: Path, tmp_path: Path) -> Path:
+    """A small GAN that warms up for an epoch of 18 steps; random content features."""
+    (tmp_path / "chelsea.png").write_bytes((photographs / "chelsea.png").read_bytes())
+    (tmp_path / "val.txt").write_text("chelsea.png\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+run: {{name: small, output_dir: {tmp_path}/runs}}
+data:
+  {{train: {sharded}, validation: {tmp_path}/val.txt, crop_size: 48, crops_per_image: 1,
+    num_workers: 1}}
+model:
+  generator: {{num_channels: 8, num_blocks: 1, global_skip: bicubic}}
+  discriminator: {{head: gap}}
+loss:
+  pixel: {{kind: l1}}
+  content: {{weights: none}}
+  adversarial: {{kind: bce}}
+train: {{epochs: 2, global_batch_size: 8, warmup_images: 144, ema_half_life: 40}}
+tracking: {{log_every_steps: 4}}
+"""
+    )
+    return path

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +44,18 @@ def refuse(*words: str | Path, **options: object) -> str:
     assert done.returncode == 2, f"{words}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stderr
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The sha256 of each file. Not the bytes: of them pytest would print the difference."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,58 +14,34 @@ from sr_dist.degradation import Degradation
 NONE = Degradation()
 
 
-def read(
+def stream_of(
     folder: Path | str,
     *,
     first: int = 0,
     last: int = 6,
     rank: int = 0,
     world_size: int = 1,
-    num_workers: int = 0,
     crops: int = 2,
     batch: int = 6,
     window: int | None = None,
     seed: int = 3,
     channels: int = 3,
+    crop_size: int = 48,
     bits: int = 16,
     degradation: Degradation = NONE,
     on_error: str = "stop",
     settings: storage.Settings = storage.DEFAULT,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of crops of 48 pixels from steps `first` to `last`, as (lr, hr)."""
-    return [(batch.lr, batch.hr) for batch in read_batches(**locals())]
-
-
-def read_batches(
-    folder: Path | str,
-    *,
-    first: int,
-    last: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    crops: int,
-    batch: int,
-    window: int | None,
-    seed: int,
-    channels: int,
-    bits: int,
-    degradation: Degradation,
-    on_error: str,
-    settings: storage.Settings,
-) -> list[stream.Batch]:
+) -> stream.CropStream:
     index = shards.read_index(str(folder), settings)
     plan = shards.make_plan(
-        index, seed=seed, global_batch_size=batch, crops_per_image=crops, crop_size=48
+        index, seed=seed, global_batch_size=batch, crops_per_image=crops, crop_size=crop_size
     )
-    if window:
-        plan = shards.Plan(plan.counts, plan.seed, batch, crops, window)
-    source = stream.CropStream(
+    return stream.CropStream(
         index=index,
-        plan=plan,
+        plan=dataclasses.replace(plan, window=window) if window else plan,
         scale=4,
         channels=channels,
-        crop_size=48,
+        crop_size=crop_size,
         bits=bits,
         degradation=degradation,
         rank=rank,
@@ -73,7 +51,27 @@ def read_batches(
         on_error=on_error,
         settings=settings,
     )
+
+
+def read_batches(folder: Path | str, *, num_workers: int = 0, **options: Any) -> list[stream.Batch]:
+    """The batches of `stream_of(folder, **options)`."""
+    source = stream_of(folder, **options)
     return list(stream.batches(source, num_workers=num_workers, pin_memory=False))
+
+
+def read(folder: Path | str, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of crops from steps `first` to `last`, as (lr, hr)."""
+    return [(batch.lr, batch.hr) for batch in read_batches(folder, **options)]
+
+
+def joined(
+    of_ranks: list[list[tuple[torch.Tensor, torch.Tensor]]],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The global batches, from those of each rank."""
+    return [
+        (torch.cat([lr for lr, _ in parts]), torch.cat([hr for _, hr in parts]))
+        for parts in zip(*of_ranks, strict=True)
+    ]
 
 
 def assert_equal(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sr_dist import checkpoint, models, weights
+from sr_dist import checkpoint, generators, models, weights
 from sr_dist.errors import UserError
 
 ARGUMENTS = {
@@ -155,21 +155,21 @@ def test_generator_loads_from_run_checkpoint_and_published_file(tmp_path: Path) 
     plain, average = generator(1), generator(2)
     run = tmp_path / "run"
     folder = save(run / "checkpoints", 5, generator=plain, ema=average)
-    checkpoint.save_published(average, run / "models" / "netG.pth.tar", ARGUMENTS)
+    generators.save_published(average, run / "models" / "netG.pth.tar", ARGUMENTS)
     for path in (run, run / "checkpoints", folder, run / "models" / "netG.pth.tar"):
-        loaded, description = checkpoint.load_generator(path)
+        loaded, description = generators.load(path)
         assert_same(loaded, average)
         assert description == ARGUMENTS and not loaded.training
     (folder / "ema.safetensors").unlink()
     meta = json.loads((folder / "meta.json").read_text())
     del meta["sha256"]["ema.safetensors"]
     (folder / "meta.json").write_text(json.dumps(meta))
-    assert_same(checkpoint.load_generator(run)[0], plain)
+    assert_same(generators.load(run)[0], plain)
 
 
 def test_published_file_holds_a_model_state_dict(tmp_path: Path) -> None:
     saved = generator()
-    checkpoint.save_published(saved, tmp_path / "netG.pth.tar", ARGUMENTS)
+    generators.save_published(saved, tmp_path / "netG.pth.tar", ARGUMENTS)
     values = torch.load(tmp_path / "netG.pth.tar", weights_only=True)
     other = models.build_generator(**ARGUMENTS)  # type: ignore[arg-type]
     other.load_state_dict(values["model"], strict=True)
@@ -181,7 +181,7 @@ def test_files_of_others_are_read_by_their_shapes(tmp_path: Path) -> None:
     plain = models.build_generator(**arguments)  # type: ignore[arg-type]
     path = tmp_path / "netG_2x.pth.tar"
     torch.save({"model": plain.state_dict(), "optim": {"state": {}}}, path)
-    loaded, description = checkpoint.load_generator(path)
+    loaded, description = generators.load(path)
     assert description == arguments
     assert_same(loaded, plain)
 
@@ -189,31 +189,31 @@ def test_files_of_others_are_read_by_their_shapes(tmp_path: Path) -> None:
 def test_files_that_hold_no_generator(tmp_path: Path) -> None:
     path = tmp_path / "x.pth.tar"
     with pytest.raises(UserError, match="does not exist; expected a run's folder"):
-        checkpoint.load_generator(path)
+        generators.load(path)
     path.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be read as weights"):
-        checkpoint.load_generator(path)
+        generators.load(path)
     torch.save([1, 2], path)
     with pytest.raises(UserError, match='expected {"model": state_dict}'):
-        checkpoint.load_generator(path)
+        generators.load(path)
     discriminator = models.build_discriminator("swift_srgan", channels=3, head="gap")
-    checkpoint.save_published(discriminator, path, {"name": "swift_srgan", "head": "gap"})
+    generators.save_published(discriminator, path, {"name": "swift_srgan", "head": "gap"})
     with pytest.raises(UserError, match="holds a discriminator"):
-        checkpoint.load_generator(path)
+        generators.load(path)
     torch.save({"model": discriminator.state_dict()}, path)
     with pytest.raises(UserError, match="no generator known here"):
-        checkpoint.load_generator(path)
-    checkpoint.save_published(discriminator, path, {**ARGUMENTS, "name": "unheard_of"})
+        generators.load(path)
+    generators.save_published(discriminator, path, {**ARGUMENTS, "name": "unheard_of"})
     with pytest.raises(UserError, match="a model that this version does not know: 'unheard_of'"):
-        checkpoint.load_generator(path)
+        generators.load(path)
     torch.save(torch.nn.Linear, path)  # a pickled object is not executed
     with pytest.raises(UserError, match="holds Python objects, which are not loaded"):
-        checkpoint.load_generator(path)
+        generators.load(path)
     with pytest.raises(UserError, match="holds no whole checkpoint"):
-        checkpoint.load_generator(tmp_path)
+        generators.load(tmp_path)
     path.rename(tmp_path / "netG_4x_epoch3.pth.tar")
     with pytest.raises(UserError, match="or a file in it, such as netG_4x_epoch3.pth.tar"):
-        checkpoint.load_generator(tmp_path)
+        generators.load(tmp_path)
 
 
 def test_weights_that_do_not_fit_name_the_first_mismatch() -> None:
@@ -245,7 +245,7 @@ def test_the_best_is_kept_and_named(tmp_path: Path, metric: str, expected: int) 
     names = sorted(path.name for path in folder.iterdir())
     assert names == [f"step-000000{expected}0", "step-00000045"]
     assert (tmp_path / "best").resolve() == folder / names[0]
-    loaded, _ = checkpoint.load_generator(tmp_path / "best")
+    loaded, _ = generators.load(tmp_path / "best")
     assert_same(loaded, generator(10 * expected))
 
 

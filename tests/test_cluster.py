@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sr_dist import images, shard_writer, shards
-from tests.helpers import REPOSITORY, refuse, run, succeed
-from tests.test_storage import free_port
+from sr_dist import images, indexing, shards
+from tests.helpers import REPOSITORY, contents, free_port, refuse, succeed
 
 pytest.importorskip("distributed", reason="distributed (Dask) is not installed")
 pytestmark = pytest.mark.multiprocess
@@ -52,8 +51,36 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, lis
         process.wait(20)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def many_pictures(photographs: Path, folder: Path) -> tuple[str | int | Path, ...]:
+    """The options of `make_shards` that make 24 shards of 24 pictures."""
+    folder.mkdir()
+    coffee = images.decode(photographs / "coffee.png", 3)
+    for number in range(24):
+        images.save(coffee[number:, :].copy(), folder / f"{number:02}.png")
+    return ("--tile", 64, "--samples-per-shard", 1, "--images", folder)
+
+
+def make_and_kill(
+    output: Path, options: Iterable[object], victim: Callable[[int], int]
+) -> tuple[int, str]:
+    """Kill a process, found from that of `make_shards`, once three shards are there.
+
+    Returns its status and what it said.
+    """
+    command = [sys.executable, str(REPOSITORY / "tools" / "make_shards.py"), *map(str, options)]
+    with subprocess.Popen(
+        [*command, "--output", str(output)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as making:
+        deadline = time.monotonic() + 60
+        while len(list(output.glob("*.tar"))) < 3:
+            assert time.monotonic() < deadline and making.poll() is None
+            time.sleep(0.005)
+        os.kill(victim(making.pid), signal.SIGKILL)
+        _, said = making.communicate(timeout=120)
+    return making.returncode, said
 
 
 def test_a_cluster_writes_the_same_bytes_also_when_a_worker_dies(
@@ -69,26 +96,11 @@ def test_a_cluster_writes_the_same_bytes_also_when_a_worker_dies(
     assert "3 shard(s)" in done.stdout
     assert contents(tmp_path / "far") == contents(tmp_path / "local")
 
-    many = tmp_path / "many"
-    many.mkdir()
-    coffee = images.decode(photographs / "coffee.png", 3)
-    for number in range(24):
-        images.save(coffee[number:, :].copy(), many / f"{number:02}.png")
-    options = ("--tile", 64, "--samples-per-shard", 1, "--images", many)
-    with subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tools" / "make_shards.py"), *map(str, options)]
-        + ["--output", str(tmp_path / "killed"), "--dask", address],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as making:
-        deadline = time.monotonic() + 60
-        while len(list((tmp_path / "killed").glob("*.tar"))) < 3:
-            assert time.monotonic() < deadline and making.poll() is None
-            time.sleep(0.01)
-        os.kill(workers[0], signal.SIGKILL)
-        _, said = making.communicate(timeout=120)
-    assert making.returncode == 0, said
+    options = many_pictures(photographs, tmp_path / "many")
+    status, said = make_and_kill(
+        tmp_path / "killed", (*options, "--dask", address), lambda making: workers[0]
+    )
+    assert status == 0, said
     assert len(shards.read_index(str(tmp_path / "killed")).shards) == 24
     succeed("tools/make_shards.py", *options, "--output", tmp_path / "alone", "--workers", 2)
     assert contents(tmp_path / "killed") == contents(tmp_path / "alone")
@@ -107,34 +119,20 @@ def test_a_local_worker_that_dies_is_said_and_the_run_goes_on(
     photographs: Path, tmp_path: Path
 ) -> None:
     """Killed as a machine without memory kills: the shards that were finished are kept."""
-    many = tmp_path / "many"
-    many.mkdir()
-    coffee = images.decode(photographs / "coffee.png", 3)
-    for number in range(24):
-        images.save(coffee[number:, :].copy(), many / f"{number:02}.png")
-    command = [sys.executable, str(REPOSITORY / "tools" / "make_shards.py"), "--tile", "64"]
-    command += ["--samples-per-shard", "1", "--images", str(many), "--workers", "2"]
-    with subprocess.Popen(
-        [*command, "--output", str(tmp_path / "out")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as making:
-        deadline = time.monotonic() + 60
-        while len(list((tmp_path / "out").glob("*.tar"))) < 3:
-            assert time.monotonic() < deadline and making.poll() is None
-            time.sleep(0.005)
-        children = Path(f"/proc/{making.pid}/task/{making.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        _, said = making.communicate(timeout=60)
-    assert making.returncode == 2 and "one of the 2 worker processes died" in said
+    options = (*many_pictures(photographs, tmp_path / "many"), "--workers", 2)
+    status, said = make_and_kill(
+        tmp_path / "out",
+        options,
+        lambda making: int(Path(f"/proc/{making}/task/{making}/children").read_text().split()[-1]),
+    )
+    assert status == 2 and "one of the 2 worker processes died" in said
     assert "Traceback" not in said
     recorded = [path.stem for path in (tmp_path / "out" / ".progress").glob("shard-*.json")]
     finished = [tmp_path / "out" / f"{name}.tar" for name in recorded]
     kept = {path.name: path.stat().st_mtime_ns for path in finished}
     assert 2 <= len(kept) < 24
-    assert run(*command[1:], "--output", str(tmp_path / "out")).returncode == 0
-    assert shard_writer.verify(str(tmp_path / "out")) == []
+    succeed("tools/make_shards.py", *options, "--output", tmp_path / "out")
+    assert indexing.verify(str(tmp_path / "out")) == []
     assert not list((tmp_path / "out").glob("*.part"))
     for name, written in kept.items():
         assert (tmp_path / "out" / name).stat().st_mtime_ns == written, "not written again"

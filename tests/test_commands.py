@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import checkpoint, images, models
+from sr_dist import generators, images, models
 from tests.helpers import REPOSITORY, refuse, run, succeed
 
 COMMANDS = sorted(
@@ -27,7 +27,7 @@ GENERATOR |= {"num_blocks": 1, "norm": "batch", "global_skip": "bicubic"}
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("published") / "small.pth.tar"
     built = models.build_generator(**GENERATOR)  # type: ignore[arg-type]
-    checkpoint.save_published(built, path, GENERATOR)
+    generators.save_published(built, path, GENERATOR)
     return path
 
 

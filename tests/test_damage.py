@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import images, shard_writer, shards, storage, stream, tars
-from tests.streams import NONE, assert_equal, read, read_batches
+from sr_dist import images, indexing, shards, stream, tars
+from tests.streams import assert_equal, joined, read, read_batches
 
 
 def samples(tar: Path) -> list[tars.Sample]:
@@ -146,15 +146,12 @@ def test_damage_is_skipped_alike_everywhere(
         read(folder, last=LAST, crops=1, on_error="skip", rank=rank, world_size=2)
         for rank in range(2)
     ]
-    joined = [
-        (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(*halves, strict=True)
-    ]
-    assert_equal(skipping, joined)
+    assert_equal(skipping, joined(halves))
 
 
 def test_verify_finds_it_beforehand(case: tuple[Path, str, object]) -> None:
     folder, _, _ = case
-    problems = shard_writer.verify(str(folder))
+    problems = indexing.verify(str(folder))
     assert problems and all("shard-000001.tar" in problem for problem in problems)
 
 
@@ -167,11 +164,7 @@ def test_what_is_skipped_is_reported(sharded: Path, tmp_path: Path) -> None:
     bad = [sample.key for sample in samples(tar)[:3]]
     for key in bad:
         rewrite(tar, key, webp=b"RIFF nonsense", json=b"{}")
-    batches = read_batches(
-        folder, first=0, last=22, rank=0, world_size=1, num_workers=2, crops=2, batch=6,
-        window=None, seed=3, channels=3, bits=16, degradation=NONE, on_error="skip",
-        settings=storage.DEFAULT,
-    )  # fmt: skip
+    batches = read_batches(folder, last=22, num_workers=2, on_error="skip")
     messages = [message for batch in batches for message in batch.skipped]
     assert messages and all("no picture" in message for message in messages)
     named = {key for key in bad for message in messages if f"sample {key} " in message}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import checkpoint, evaluate, images, metrics, models, report
+from sr_dist import evaluate, generators, images, metrics, models, report
 from sr_dist.errors import UserError
 from tests.helpers import refuse, succeed
 
@@ -144,7 +144,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments |= {"num_blocks": 1, "norm": "batch", "global_skip": "bicubic"}
     built = models.build_generator(**arguments)  # type: ignore[arg-type]
     path = tmp_path_factory.mktemp("published") / "small.pth.tar"
-    checkpoint.save_published(built, path, arguments)
+    generators.save_published(built, path, arguments)
     return path
 
 
@@ -237,7 +237,7 @@ def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> 
     torch.manual_seed(0)
     gray = {"name": "swift_srgan", "scale": 4, "channels": 1, "num_channels": 8, "num_blocks": 1}
     built = models.build_generator(**gray)  # type: ignore[arg-type]
-    checkpoint.save_published(built, tmp_path / "gray.pth.tar", gray)
+    generators.save_published(built, tmp_path / "gray.pth.tar", gray)
     message = refuse(
         *(*common, "--checkpoint", published, "--checkpoint", tmp_path / "gray.pth.tar"),
         *("--scale", 4),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import sr_dist
-from sr_dist import checkpoint, export, images, model_card
+from sr_dist import checkpoint, export, generators, images, model_card
 from sr_dist.errors import UserError
 from sr_dist.models import folding
 from tests.generators import FAMILIES, build, describe, difference
@@ -101,7 +101,7 @@ def test_safetensors_open_in_one_line(
         assert 0 <= export.write_safetensors(generator, description, path) <= 1e-5
         loaded = sr_dist.load(path)
         assert not loaded.training and difference(generator, loaded, channels) < 1e-5
-        _, held = checkpoint.load_generator(path)
+        _, held = generators.load(path)
         assert held == {**description, "norm": "none"}
     names = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")}
     assert names == {
@@ -116,7 +116,7 @@ def test_safetensors_open_in_one_line(
 
 def test_published_weights_in_every_format(shared: Path, tmp_path: Path) -> None:
     path = shared / "weights" / "swift_srgan_4x.pth.tar"
-    generator, description = checkpoint.load_generator(path)
+    generator, description = generators.load(path)
     photograph = images.decode(sorted((shared / "benchmarks/Set5/LR_bicubic/X4").iterdir())[0], 3)
     lr = images.to_float(images.to_batch([photograph]))
     with torch.inference_mode():
@@ -219,13 +219,13 @@ def test_an_exported_folder_is_replaced_whole(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.model_files, "write_file", full)
+        patch.setattr(export.files, "write_whole", full)
         with pytest.raises(OSError, match="No space left"):
             export.write_safetensors(build(second), second, path)
     assert difference(build(first), sr_dist.load(path)) < 1e-5, "the old one is still there"
     path.rename(tmp_path / ".folder.old")  # as a write leaves it that is stopped at the worst time
     with monkeypatch.context() as patch:
-        patch.setattr(export.model_files, "write_file", full)
+        patch.setattr(export.files, "write_whole", full)
         with pytest.raises(OSError, match="No space left"):
             export.write_safetensors(build(second), second, path)
     assert difference(build(first), sr_dist.load(path)) < 1e-5, "and is put back"
@@ -297,7 +297,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     meta = {"generator": description, "images_seen": 96, "versions": {"torch": "2.0"}}
     held = checkpoint.snapshot(12, {"generator": generator}, {}, meta)
     checkpoint.write(folder / "checkpoints", held, keep=1)
-    checkpoint.save_published(generator, folder / "models" / "netG.pth.tar", description)
+    generators.save_published(generator, folder / "models" / "netG.pth.tar", description)
     (folder / "config.yaml").write_text("data: {train: /home/somebody/shards}\n")
     return folder
 
@@ -329,7 +329,7 @@ def test_command_writes_a_folder_that_every_command_takes(
 
 def test_command_interpolates(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.pth.tar"
-    checkpoint.save_published(build(describe(), 5), other, describe())
+    generators.save_published(build(describe(), 5), other, describe())
     output = tmp_path / "between.pt2"
     succeed(
         *("launch/export.py", "--interpolate", run, other, "--alpha", 0.25),

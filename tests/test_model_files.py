@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import sr_dist
-from sr_dist import checkpoint, images, model_files, models
+from sr_dist import checkpoint, generators, images, model_files, models
 from sr_dist.errors import UserError
 from tests.helpers import REPOSITORY, refuse, succeed
 
@@ -60,7 +60,7 @@ def replace_weights(folder: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def test_folder_reads_back(folder: Path, generator: nn.Module) -> None:
-    loaded, description = checkpoint.load_generator(folder)
+    loaded, description = generators.load(folder)
     assert description == DESCRIPTION
     for (key, one), other in zip(
         generator.state_dict().items(), loaded.state_dict().values(), strict=True
@@ -125,7 +125,7 @@ def test_descriptions_that_do_not_fit_the_weights(
 
 def test_what_is_not_said_is_read_off_the_weights(folder: Path) -> None:
     alter(folder, num_channels=None, norm=None, name=None)
-    assert checkpoint.load_generator(folder)[1] == DESCRIPTION
+    assert generators.load(folder)[1] == DESCRIPTION
 
 
 def test_damaged_and_foreign_weights(folder: Path, generator: nn.Module) -> None:
@@ -191,7 +191,7 @@ def test_safetensors_of_others_are_described_by_their_shapes(
 ) -> None:
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(generator.state_dict(), path)
-    _, description = checkpoint.load_generator(path)
+    _, description = generators.load(path)
     assert description == {**DESCRIPTION, "global_skip": "none"}
     safetensors.torch.save_file(generator.state_dict(), path, {"generator": "{"})
     with pytest.raises(UserError, match="x.safetensors: its header is no JSON"):
@@ -202,7 +202,7 @@ def test_safetensors_of_others_are_described_by_their_shapes(
 
 
 def test_published_file_and_run_open_in_one_line(generator: nn.Module, tmp_path: Path) -> None:
-    checkpoint.save_published(generator, tmp_path / "netG.pth.tar", DESCRIPTION)
+    generators.save_published(generator, tmp_path / "netG.pth.tar", DESCRIPTION)
     held = checkpoint.snapshot(1, {"generator": generator}, {}, {"generator": DESCRIPTION})
     checkpoint.write(tmp_path / "run" / "checkpoints", held, keep=1)
     lr = torch.rand(1, 3, 6, 7)

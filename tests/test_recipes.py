@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import checkpoint, config, images, shard_writer, train
+from sr_dist import checkpoint, config, generators, images, shard_writer, train
 from tests.helpers import REPOSITORY
 
 RECIPES = sorted(path.stem for path in REPOSITORY.glob("configs/*.yaml"))
@@ -66,7 +66,7 @@ def test_every_recipe_trains(name: str, pictures: Path, tmp_path: Path) -> None:
     assert found is not None and found.step == 2
     assert found.has("discriminator") == bool(settings.loss.adversarial.weight)
     assert all(torch.isfinite(value).all() for value in found.weights("generator").values())
-    generator, _ = checkpoint.load_generator(result.folder)
+    generator, _ = generators.load(result.folder)
     scale, channels = settings.data.scale, settings.data.channels
     assert generator(torch.rand(1, channels, 5, 7)).shape == (1, channels, 5 * scale, 7 * scale)
     assert result.means[1].psnr > 5

@@ -12,9 +12,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sr_dist import images, shard_writer, shards, storage, tars
+from sr_dist import images, indexing, shard_writer, shards, storage, tars
 from sr_dist.errors import UserError
 from sr_dist.shard_writer import Options
+from tests.helpers import contents
 
 
 def write(source: Path, output: Path, workers: int = 1, strict: bool = False, **options: object):
@@ -26,10 +27,6 @@ def write(source: Path, output: Path, workers: int = 1, strict: bool = False, **
             executor=executor,
             strict=strict,
         )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def samples(folder: Path) -> list[tars.Sample]:
@@ -76,7 +73,7 @@ def test_index_says_what_is_there(photographs: Path, tmp_path: Path) -> None:
         assert (digest, size) == (shard.sha256, shard.bytes)
     assert index.smallest_side == 64
     assert set(contents(tmp_path / "out")) == {"index.json", *(s.name for s in index.shards)}
-    assert shard_writer.verify(str(tmp_path / "out")) == []
+    assert indexing.verify(str(tmp_path / "out")) == []
 
 
 def test_tiles_of_a_picture_are_apart_and_say_what_they_are_of(
@@ -152,7 +149,7 @@ def test_rejects_are_listed_with_the_reason(photographs: Path, tmp_path: Path) -
     assert result.rejects == 3
     index = shards.read_index(str(tmp_path / "out"))
     assert index.samples == len(samples(tmp_path / "out"))
-    assert shard_writer.verify(str(tmp_path / "out")) == []
+    assert indexing.verify(str(tmp_path / "out")) == []
 
 
 @pytest.mark.parametrize("bad", ["flat.png", "half.png"])
@@ -239,7 +236,7 @@ def test_names_with_several_dots_count(photographs: Path, tmp_path: Path) -> Non
     with webdataset.TarWriter(str(tmp_path / "0.tar"), encoder=False) as tar:
         tar.write({"__key__": "a", "v2.jpg": picture, "v2.json": b"{}"})
         tar.write({"__key__": "b", "JPG": picture})
-    shard_writer.index([tmp_path / "0.tar", tmp_path / "0.tar"])
+    indexing.index([tmp_path / "0.tar", tmp_path / "0.tar"])
     index = shards.read_index(str(tmp_path))
     assert (index.samples, len(index.shards)) == (2, 1)
 
@@ -251,13 +248,13 @@ def test_foreign_tars_can_be_indexed(photographs: Path, tmp_path: Path) -> None:
             picture = images.encode(images.decode(path, 3), "jpeg")
             tar.write({"__key__": f"{number:09d}", "jpg": picture, "txt": b"a", "json": b"{}"})
         tar.write({"__key__": "000000009", "json": b'{"status": "failed"}', "txt": b"b"})
-    target = shard_writer.index([tmp_path / "00000.tar"])
+    target = indexing.index([tmp_path / "00000.tar"])
     index = shards.read_index(str(tmp_path))
     assert target == tmp_path / "index.json"
     assert (index.samples, index.smallest_side, index.channels) == (3, 300, 3)
-    assert shard_writer.verify(str(tmp_path)) == []
+    assert indexing.verify(str(tmp_path)) == []
     with pytest.raises(UserError, match="exists already"):
-        shard_writer.index([tmp_path / "00000.tar"])
+        indexing.index([tmp_path / "00000.tar"])
 
 
 def test_verify_finds_all_kinds_of_damage(sharded: Path, tmp_path: Path) -> None:
@@ -270,7 +267,7 @@ def test_verify_finds_all_kinds_of_damage(sharded: Path, tmp_path: Path) -> None
     first.write_bytes(data)
     second.write_bytes(second.read_bytes()[:20_000])
     third.unlink()
-    problems = shard_writer.verify(str(folder))
+    problems = indexing.verify(str(folder))
     assert any("shard-000000.tar: its sha256 is not" in problem for problem in problems)
     assert any("shard-000001.tar: 20000 bytes, the index says" in problem for problem in problems)
     assert any("samples, the index says" in problem for problem in problems)

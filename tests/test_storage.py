@@ -20,6 +20,7 @@ import pytest
 from sr_dist import shards, storage, stream
 from sr_dist.errors import UserError
 from tests import local_server
+from tests.helpers import free_port
 from tests.local_server import Reply, Server, data, silent, status
 from tests.streams import assert_equal, read
 
@@ -227,12 +228,6 @@ def test_other_schemes_are_refused(address: str) -> None:
         shards.read_index(address)
     with pytest.raises(UserError, match="pipe|expected a local path or an address of http, https"):
         storage.open_file(address)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

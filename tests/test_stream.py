@@ -8,10 +8,10 @@ import pytest
 import torch
 import webdataset
 
-from sr_dist import images, shard_writer, shards, stream
+from sr_dist import images, indexing, shard_writer, shards, stream
 from sr_dist.degradation import Degradation
 from sr_dist.errors import UserError
-from tests.streams import NONE, assert_equal, read
+from tests.streams import assert_equal, joined, read, read_batches, stream_of
 
 
 def test_batches_are_uint8_channels_last_and_lr_is_the_downscaled_hr(sharded: Path) -> None:
@@ -42,11 +42,7 @@ def test_workers_do_not_change_the_batches(sharded: Path, num_workers: int) -> N
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_ranks_hold_the_rows_of_the_one_batch(sharded: Path, world_size: int) -> None:
     of_ranks = [read(sharded, rank=r, world_size=world_size) for r in range(world_size)]
-    joined = [
-        (torch.cat([lr for lr, _ in parts]), torch.cat([hr for _, hr in parts]))
-        for parts in zip(*of_ranks, strict=True)
-    ]
-    assert_equal(joined, read(sharded))
+    assert_equal(joined(of_ranks), read(sharded))
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
@@ -75,22 +71,7 @@ def test_epochs_crop_differently(sharded: Path) -> None:
 
 
 def test_crops_do_not_keep_their_pictures_in_memory(sharded: Path) -> None:
-    index = shards.read_index(str(sharded))
-    plan = shards.make_plan(index, seed=3, global_batch_size=6, crops_per_image=2, crop_size=48)
-    source = stream.CropStream(
-        index=index,
-        plan=plan,
-        scale=4,
-        channels=3,
-        crop_size=48,
-        bits=16,
-        degradation=NONE,
-        rank=0,
-        world_size=1,
-        first_step=0,
-        last_step=5,
-    )
-    for crop in itertools.islice(stream._Reader(source).lane(0), 5):
+    for crop in itertools.islice(stream._Reader(stream_of(sharded)).lane(0), 5):
         assert crop.hr.base is None and crop.hr.nbytes == 48 * 48 * 3
 
 
@@ -103,10 +84,7 @@ def test_degraded_lr_is_seeded_like_the_crops(sharded: Path) -> None:
     assert_equal(degraded, read(sharded, degradation=worse, num_workers=3))
     assert_equal(degraded[2:], read(sharded, degradation=worse, first=2))
     parts = [read(sharded, degradation=worse, rank=rank, world_size=2) for rank in range(2)]
-    joined = [
-        (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(*parts, strict=True)
-    ]
-    assert_equal(degraded, joined)
+    assert_equal(degraded, joined(parts))
 
 
 def test_16_bit_gray_is_kept_up_to_the_crop(tmp_path: Path) -> None:
@@ -122,7 +100,7 @@ def test_16_bit_gray_is_kept_up_to_the_crop(tmp_path: Path) -> None:
         images.list_pictures(tmp_path / "in"), tmp_path / "shards", options
     )
     assert (summary.samples, summary.rejects) == (18, 0)
-    assert shard_writer.verify(str(tmp_path / "shards")) == []
+    assert indexing.verify(str(tmp_path / "shards")) == []
     scaled = (deep[..., 0] * (255 / 4095)).round().astype(np.uint8)
     windows = {
         view.tobytes()
@@ -153,22 +131,7 @@ def test_whole_pictures_are_crops_too(sharded: Path, photographs: Path, tmp_path
         images.save(np.ascontiguousarray(cut), tmp_path / f"{number}.png")
     options = shard_writer.Options(tile=0, min_size=48)
     shard_writer.write(images.list_pictures(tmp_path), tmp_path / "shards", options)
-    index = shards.read_index(str(tmp_path / "shards"))
-    plan = shards.make_plan(index, seed=0, global_batch_size=2, crops_per_image=1, crop_size=128)
-    source = stream.CropStream(
-        index=index,
-        plan=plan,
-        scale=4,
-        channels=3,
-        crop_size=128,
-        bits=16,
-        degradation=NONE,
-        rank=0,
-        world_size=1,
-        first_step=0,
-        last_step=2,
-    )
-    batches = list(stream.batches(source, num_workers=0, pin_memory=False))
+    batches = read_batches(tmp_path / "shards", last=2, crops=1, batch=2, crop_size=128)
     sums = sorted(int(picture.sum()) for batch in batches for picture in batch.hr)
     files = sorted(int(images.decode(path, 3).sum()) for path in tmp_path.glob("*.png"))
     assert sums == files, "each picture once, whole, in one of its symmetries"
@@ -190,7 +153,7 @@ def test_foreign_shards_can_be_trained_on(photographs: Path, tmp_path: Path) -> 
                 key = f"{shard:05d}{number:04d}"
                 tar.write({"__key__": key, "jpg": picture, "txt": b"words", "json": about})
                 tar.write({"__key__": key + "x", "txt": b"", "json": b'{"status": "failed"}'})
-    shard_writer.index(sorted(tmp_path.glob("*.tar")))
+    indexing.index(sorted(tmp_path.glob("*.tar")))
     batches = read(tmp_path, last=2, crops=1, num_workers=1)
     rows = [row.permute(1, 2, 0).numpy() for _, hr in batches for row in hr]
     assert len(rows) == 12

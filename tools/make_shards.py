@@ -179,7 +179,7 @@ def dask_workers(address: str) -> Iterator[Executor]:
 
 
 def index(given: list[str]) -> None:
-    from sr_dist import shard_writer
+    from sr_dist import indexing
 
     tars: list[Path] = []
     for path in map(Path, given):
@@ -191,14 +191,14 @@ def index(given: list[str]) -> None:
             raise UserError(f"{path} does not exist; expected a tar or a folder of tars")
     if not tars:
         raise UserError(f"no tars in {', '.join(given)}")
-    target = shard_writer.index(tars, progress)
+    target = indexing.index(tars, progress)
     print(f"{target}: {len(tars)} shard(s)")
 
 
 def verify(given: list[str]) -> None:
-    from sr_dist import shard_writer
+    from sr_dist import indexing
 
-    problems = [problem for address in given for problem in shard_writer.verify(address, progress)]
+    problems = [problem for address in given for problem in indexing.verify(address, progress)]
     if problems:
         raise UserError(f"{len(problems)} problem(s):\n  " + "\n  ".join(problems))
     print("all shards are whole")

@@ -1,0 +1,99 @@
+"""Generators in files: opened from anything that holds one, written in the published format."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sr_dist import checkpoint, files, model_files, models, weights
+from sr_dist.errors import UserError
+
+EXTRA = "sr_dist"  # the key that our .pth.tar files carry beside "model"
+
+
+def save_published(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
+    """Write `{"model": state_dict}`, the format of the published checkpoints.
+
+    `description` (the arguments of `models.build_generator`) lies beside it under a key of its own,
+    which readers of the published format do not look at.
+    """
+    buffer = io.BytesIO()
+    torch.save({"model": weights.contiguous(module), EXTRA: description}, buffer)
+    files.write_whole(path, buffer.getvalue())
+
+
+def load(path: Path | str, revision: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """A generator in evaluation mode and its description, from anything that holds one.
+
+    `path`: a run's folder or one of its checkpoints (the averaged weights where there are some), a
+    `.pth.tar` in the published format, ours or another's, a folder or `.safetensors` file that
+    `export` wrote, or `owner/name`, a Hugging Face repository with what is in such a folder.
+    `revision`: that repository's branch, tag or commit.
+
+    Raises:
+        UserError: there is none, or its weights do not fit.
+    """
+    state, description, where = _read(Path(path), revision)
+    try:
+        generator = models.build_generator(**description)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where} holds a model that this version does not know: {error}") from None
+    weights.load(generator, state, where)
+    return generator.eval(), description
+
+
+def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of the generator in `path`, which must be of the same `description`.
+
+    Raises:
+        UserError: there is none, or its architecture is another.
+    """
+    state, found, where = _read(path)
+    differing = [
+        f"{key} {found.get(key)} instead of {description[key]}"
+        for key in description
+        if found.get(key) != description[key]
+    ]
+    if differing:
+        raise UserError(f"{where} holds another generator: {', '.join(differing)}")
+    return state
+
+
+def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The state dict of a generator, its description, and what messages call its place."""
+    repository = None if path.exists() else model_files.repository(path)
+    if repository is not None:
+        where = f"{repository} (Hugging Face)"
+        return *model_files.read_folder(model_files.download(repository, revision), where), where
+    if revision is not None:
+        raise UserError(f"{path} is no Hugging Face repository, and has no revision {revision}")
+    if model_files.is_folder(path):
+        return *model_files.read_folder(path), str(path)
+    if path.is_dir():
+        found = checkpoint.find_in(path)
+        held = "ema" if found.has("ema") else "generator"
+        return found.weights(held), found.meta["generator"], str(path)
+    if path.is_file():
+        is_safetensors = path.suffix == model_files.SUFFIX
+        read = model_files.read_file if is_safetensors else _read_published
+        return *read(path), str(path)
+    raise UserError(
+        f"{path} does not exist; expected a run's folder, a checkpoint's, an exported model's, a "
+        ".pth.tar or .safetensors file, or owner/name on Hugging Face"
+    )
+
+
+def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    values = weights.read(path)
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise UserError(f'{path} is no generator: expected {{"model": state_dict}}')
+    state = values["model"]
+    described = values.get(EXTRA) or {}
+    if isinstance(described, dict) and "head" in described:
+        raise UserError(f"{path} holds a discriminator; expected a generator (netG_…)")
+    return state, model_files.fitting(described, state, str(path))

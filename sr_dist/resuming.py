@@ -1,0 +1,104 @@
+"""What a run needs to go on: its position, and its state beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sr_dist import __version__, checkpoint, evaluate, gan, shards, tracking, weights
+from sr_dist.distributed import Processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands: after `step` updates on `images_seen` crops.
+
+    `place`: steps of the present plan that lie behind it, which are as many unless the batch or the
+    crops were changed on the way.
+    """
+
+    step: int = 0
+    images_seen: int = 0
+    place: int = 0
+
+
+def position_of(start: checkpoint.Checkpoint, plan: shards.Plan) -> Position:
+    """The checkpoint's, or under changed batches or crops the same share of its epoch."""
+    then = start.meta["position"]
+    share = then["step_in_epoch"] / then["steps_per_epoch"]
+    place = then["epochs"] * plan.steps_per_epoch + round(share * plan.steps_per_epoch)
+    return Position(start.step, start.meta["images_seen"], place)
+
+
+def restore(
+    start: checkpoint.Checkpoint,
+    processes: Processes,
+    networks: gan.Networks,
+    epoch_means: tracking.EpochMeans,
+    skipped: tracking.Skipped,
+) -> None:
+    """Put the networks, the optimisers and the counts where the checkpoint has them.
+
+    Raises:
+        UserError: its weights do not fit.
+    """
+    for name, module in networks.weights.items():
+        # An average that the run did not keep before starts from the generator.
+        held = name if start.has(name) else "generator"
+        weights.load(module, start.weights(held), str(start.folder))
+    state = start.training()
+    if all(start.has(name) for name in networks.weights):
+        processes.set_buffers(networks.weights.values(), state["buffers"].to(processes.device))
+    for name, optimizer in networks.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    processes.load_scaler_state(state["scaler"])
+    if processes.is_main:
+        epoch_means.sums.copy_(state["epoch_sums"])
+        skipped.count = state["skipped"]
+
+
+def state_of(
+    processes: Processes,
+    networks: gan.Networks,
+    epoch_means: tracking.EpochMeans,
+    skipped: tracking.Skipped,
+    buffers: torch.Tensor,
+) -> dict[str, Any]:
+    """What a run needs beside its weights to go on."""
+    return {
+        "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
+        "scaler": processes.scaler_state(),
+        "epoch_sums": epoch_means.sums.cpu(),
+        "skipped": skipped.count,
+        "buffers": buffers.cpu(),
+    }
+
+
+def meta_of(
+    identity: Mapping[str, Any],
+    processes: Processes,
+    plan: shards.Plan,
+    position: Position,
+    means: list[evaluate.Mean],
+) -> dict[str, Any]:
+    """What a checkpoint says of itself; `means`: of the evaluation at its step, if any."""
+    epochs, step_in_epoch = divmod(position.place, plan.steps_per_epoch)
+    metrics_of = {}
+    if means:
+        metrics_of = {"psnr": means[-1].psnr, "ssim": means[-1].ssim, "lpips": means[-1].lpips}
+    return {
+        **identity,
+        "epoch": epochs if step_in_epoch == 0 else epochs + 1,
+        "images_seen": position.images_seen,
+        "position": {
+            "epochs": epochs,
+            "step_in_epoch": step_in_epoch,
+            "steps_per_epoch": plan.steps_per_epoch,
+        },
+        "metrics": metrics_of,
+        "world_size": processes.world_size,
+        "versions": {"sr_dist": __version__, "torch": torch.__version__},
+    }

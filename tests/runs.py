@@ -1,0 +1,87 @@
+"""Training small runs in tests, and looking at what they leave."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sr_dist import (
+    checkpoint,
+    config,
+    gan,
+)
+from tests.helpers import REPOSITORY, run
+
+TWO_PROCESSES = REPOSITORY / "launch" / "accelerate" / "cpu_2_processes.yaml"
+ONE_PROCESS = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
+
+
+def load(recipe: Path, *overrides: str) -> config.Config:
+    return config.load(recipe, overrides)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "logs" / "metrics_1_train_results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def saved(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """All tensors of the newest checkpoint, and its meta.json."""
+    found = checkpoint.find_newest(folder / "checkpoints")
+    assert found is not None
+    tensors = {
+        f"{path.stem}/{key}": value
+        for path in sorted(found.folder.glob("*.safetensors"))
+        for key, value in safetensors.torch.load_file(path).items()
+    }
+    for name, optimizer in found.training()["optimizers"].items():
+        for number, state in optimizer["state"].items():
+            tensors |= {f"optimizer/{name}/{number}/{k}": v for k, v in state.items()}
+    return tensors, found.meta
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    real, calls = gan.training_step, []
+
+    def stopping(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gan, "training_step", stopping)
+
+
+def train_on_two(recipe: Path, *overrides: str) -> None:
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES, REPOSITORY / "launch/train.py"),
+        *("--config", recipe, *overrides),
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs came to the same, bit for bit: weights, optimisers, CSV, TensorBoard."""
+    (expected, _), (found, _) = saved(one), saved(other)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert rows(other) == rows(one)
+    points, other_points = scalars(one), scalars(other)
+    for tag in points:
+        if not tag.startswith("speed/"):
+            assert other_points[tag] == points[tag], f"{tag}: no point is lost or doubled"

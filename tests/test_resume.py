@@ -1,0 +1,387 @@
+"""Stopping, going on, going back, and what may change on the way."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sr_dist import (
+    checkpoint,
+    gan,
+    images,
+    shard_writer,
+    shards,
+    train,
+)
+from sr_dist.errors import UserError
+from tests.helpers import REPOSITORY, free_port, run, succeed
+from tests.runs import (
+    ONE_PROCESS,
+    TWO_PROCESSES,
+    assert_same_run,
+    load,
+    rows,
+    saved,
+    scalars,
+    stop_at,
+    train_on_two,
+)
+
+
+@pytest.mark.parametrize("stopped_at", [3, 19, 22, 31], ids=lambda step: f"step {step}")
+def test_a_stopped_run_ends_bit_identical(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    settings = ("checkpoint.every_steps=4", "optimizer.generator.schedule=cosine")
+    unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
+    stop_at(monkeypatch, stopped_at)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(load(recipe, *settings, "run.name=stopped"))
+    monkeypatch.undo()
+    again = train.run(load(recipe, *settings, "run.name=stopped"))
+
+    expected, expected_meta = saved(unbroken.folder)
+    found, found_meta = saved(again.folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert rows(again.folder) == rows(unbroken.folder)
+    assert again.means == unbroken.means
+    one, other = scalars(unbroken.folder), scalars(again.folder)
+    for tag in one:
+        if not tag.startswith("speed/"):
+            assert other[tag] == one[tag], f"{tag}: no point is lost or doubled"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("model.generator.name=srgan", "model.discriminator.name=srgan"),
+        ("model.discriminator.name=unet", "model.discriminator.spectral_norm=true"),
+    ],
+    ids=["srgan", "unet"],
+)
+def test_a_stopped_run_of_other_networks_ends_bit_identical(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, model: tuple[str, ...]
+) -> None:
+    """Their kernels lie otherwise in memory than separable ones."""
+    settings = (*model, "checkpoint.every_steps=4", "train.epochs=1", "train.warmup_images=0")
+    unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
+    stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(load(recipe, *settings, "run.name=stopped"))
+    monkeypatch.undo()
+    again = train.run(load(recipe, *settings, "run.name=stopped"))
+    expected, found = saved(unbroken.folder)[0], saved(again.folder)[0]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_complete_run_says_so_and_can_be_prolonged(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = train.run(load(recipe))
+    before, _ = saved(first.folder)
+    with caplog.at_level("INFO"):
+        again = train.run(load(recipe))
+    assert "has its 2 epochs; raise train.epochs" in caplog.text
+    assert again.means == first.means
+    after, _ = saved(first.folder)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert len(rows(first.folder)) == 2
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, "train.epochs=3", "optimizer.generator.learning_rate=1e-4"))
+    changes = [message for message in caplog.messages if message.startswith("changed since")]
+    assert changes == [
+        "changed since: optimizer.generator.learning_rate was 0.001, is 0.0001",
+        "changed since: train.epochs was 2, is 3",
+    ]
+    assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2", "3"]
+    settings = (first.folder / "config.yaml").read_text()
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, "train.epochs=1"))
+    assert "has its 3 epochs" in caplog.text
+    assert (first.folder / "config.yaml").read_text() == settings, "left as it is"
+
+
+def test_changes_that_a_run_cannot_follow(recipe: Path) -> None:
+    train.run(load(recipe, "train.epochs=1"))
+    for override, message in (
+        ("model.generator.num_channels=16", "another generator: num_channels was 8, is 16"),
+        ("data.scale=2", "another generator: scale was 4, is 2"),
+        ("loss.adversarial.weight=0", "it was trained with a discriminator"),
+        ("run.resume=never", "run.resume is never"),
+        ("run.seed=1", "another data: seed was 0, is 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.run(load(recipe, override))
+
+
+def test_a_run_can_start_from_another(recipe: Path, tmp_path: Path) -> None:
+    first = train.run(load(recipe, "train.epochs=1"))
+    average, _ = saved(first.folder)
+    settings = ("run.name=second", f"train.start_from={first.folder}", "train.epochs=1")
+    frozen = ("optimizer.generator.learning_rate=1e-12", "optimizer.generator.weight_decay=0")
+    second = train.run(load(recipe, *settings, *frozen))
+    started, meta = saved(second.folder)
+    assert meta["step"] == 18
+    for name, value in started.items():
+        if name.startswith("generator/") and "running" not in name and value.is_floating_point():
+            expected = average[name.replace("generator/", "ema/")]
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-8, msg=name)
+    # Going on, the second run stands on its own checkpoint.
+    third = train.run(load(recipe, *settings[:2], *frozen, "train.epochs=2"))
+    assert saved(third.folder)[1]["step"] == 36
+    with pytest.raises(UserError, match="another generator: num_channels 8 instead of 16"):
+        train.run(load(recipe, *settings[1:], "model.generator.num_channels=16", "run.name=x"))
+    with pytest.raises(UserError, match="another generator: channels 3 instead of 1"):
+        train.run(load(recipe, *settings[1:], "data.channels=1", "run.name=x"))
+
+
+def test_a_run_can_go_back_and_another_can_go_on(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    often = ("checkpoint.every_steps=9", "checkpoint.keep=9")
+    first = train.run(load(recipe, *often))
+    expected, _ = saved(first.folder)
+    middle = first.folder / "checkpoints" / "step-00000027"
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, *often, f"run.resume={middle}"))
+    assert f"going on from {middle}, step 27 of 36" in caplog.text
+    again, _ = saved(first.folder)
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2"]
+
+    branch = ("run.name=branch", f"run.resume={middle}")
+    other = train.run(load(recipe, *branch))
+    branched, _ = saved(other.folder)
+    assert all(torch.equal(branched[name], value) for name, value in expected.items())
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, *branch))
+    assert "branch has its 2 epochs" in caplog.text, "its own checkpoints come first"
+    with pytest.raises(UserError, match="nowhere holds no whole checkpoint"):
+        train.run(load(recipe, "run.name=x", "run.resume=nowhere"))
+
+
+def test_batch_and_crops_can_change_on_the_way(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the end of an epoch, and in its middle, where the same share of it is taken as done."""
+    first = train.run(load(recipe, "train.epochs=1"))
+    cosine = "optimizer.generator.schedule=cosine"
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, "train.global_batch_size=4", cosine))
+    assert "changed since: train.global_batch_size was 8, is 4" in caplog.messages
+    meta = saved(first.folder)[1]
+    samples = shards.read_index(load(recipe).data.train).samples
+    assert (meta["step"], meta["images_seen"]) == (18 + samples // 4, 8 * 18 + samples // 4 * 4)
+    assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2"]
+    rates = [value for step, value in scalars(first.folder)["learning_rate/generator"] if step > 18]
+    total = 144 + samples // 4 * 4
+    settings = {"learning_rate": 1e-3, "schedule": "cosine"}
+    assert rates[0] == pytest.approx(gan.learning_rate(settings, 144 + 4, total), rel=1e-4)
+
+    stop_at(monkeypatch, 10)
+    halved = ("run.name=halved", "checkpoint.every_steps=9", "train.epochs=1")
+    with pytest.raises(KeyboardInterrupt):
+        train.run(load(recipe, *halved))
+    monkeypatch.undo()
+    folder = train.run(load(recipe, *halved, "train.global_batch_size=4")).folder
+    steps = samples // 4
+    assert saved(folder)[1]["step"] == 9 + steps - round(steps / 2)
+    assert [row["Epoch"] for row in rows(folder)] == ["1"]
+
+
+def test_checkpoints_by_the_clock_and_the_best_of_them(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = gan.training_step, []
+
+    def slow(*arguments: Any, **options: Any) -> object:
+        calls.append(1)
+        time.sleep(0.05)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(gan, "training_step", slow)
+    written = []
+    real_write = checkpoint.write
+    monkeypatch.setattr(
+        checkpoint,
+        "write",
+        lambda folder, held, **options: (
+            written.append(held.step),
+            real_write(folder, held, **options),
+        ),
+    )
+    folder = train.run(load(recipe, "checkpoint.every_minutes=0.005", "checkpoint.keep=1")).folder
+    assert 18 in written and 36 in written and 6 <= len(written) < 30
+    psnr = [float(row["PSNR"]) for row in rows(folder)]
+    best = 18 if psnr[0] > psnr[1] else 36
+    assert os.readlink(folder / "best") == f"checkpoints/step-000000{best}"
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left == sorted({f"step-000000{best}", "step-00000036"})
+    meta = json.loads((folder / "best" / "meta.json").read_text())
+    assert meta["metrics"]["psnr"] == pytest.approx(max(psnr))
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.save, []
+
+    def full(value: object, path: object) -> None:
+        calls.append(path)
+        if "step-" in str(path) and len([p for p in calls if "step-" in str(p)]) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(value, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train.run(load(recipe, "checkpoint.every_steps=4"))
+    monkeypatch.undo()
+    tensors, meta = saved(Path(load(recipe).run.output_dir) / "small")
+    assert meta["step"] == 8
+    assert saved(train.run(load(recipe, "checkpoint.every_steps=4")).folder)[1]["step"] == 36
+
+
+def test_other_shards_of_the_same_number_of_samples_are_refused(
+    recipe: Path, photographs: Path, tmp_path: Path
+) -> None:
+    train.run(load(recipe, "train.epochs=1"))
+    options = shard_writer.Options(tile=64, samples_per_shard=60, min_size=48, seed=5)
+    shard_writer.write(images.list_pictures(photographs), tmp_path / "other", options)
+    with pytest.raises(UserError, match="another data: shards was"):
+        train.run(load(recipe, f"data.train={tmp_path}/other"))
+
+
+def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
+    overrides = ["train.epochs=50", "loss.content.weight=0", "tracking.log_every_steps=1"]
+    with subprocess.Popen(
+        [*command, *overrides],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:  # until its second epoch: one checkpoint is there
+            if line.startswith("epoch 2/"):
+                break
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it, workers included
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 75
+    assert "Traceback" not in said
+    assert re.search(
+        r"stopped by SIGINT at step \d+ of 900; the same command goes on from there", said
+    )
+    assert "going on from" in succeed("launch/train.py", "--config", recipe).stderr
+
+
+@pytest.mark.multiprocess
+def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_path: Path) -> None:
+    for epochs, launcher in ((1, TWO_PROCESSES), (2, ONE_PROCESS), (3, TWO_PROCESSES)):
+        done = run(
+            *("accelerate", "launch", "--config_file", launcher, REPOSITORY / "launch/train.py"),
+            *("--config", recipe, f"train.epochs={epochs}"),
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stderr
+    assert [row["Epoch"] for row in rows(tmp_path / "runs/small")] == ["1", "2", "3"]
+    assert saved(tmp_path / "runs/small")[1]["world_size"] == 2
+
+
+@pytest.mark.multiprocess
+def test_saving_changes_nothing_of_the_training(recipe: Path, tmp_path: Path) -> None:
+    """BatchNorm's statistics differ between ranks, which keep them; checkpoints hold the mean."""
+    train_on_two(recipe, "run.name=rarely")
+    train_on_two(recipe, "run.name=often", "checkpoint.every_steps=5")
+    assert_same_run(tmp_path / "runs/rarely", tmp_path / "runs/often")
+
+
+def start_ranks(number: int, recipe: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """Ranks of one run, slow enough to be caught at a step, without a launcher above them."""
+    worker = str(REPOSITORY / "tests" / "workers" / "slow_steps.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(number)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, worker, str(recipe), *overrides],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(number)
+    ]
+
+
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    assert any(line.strip() == f"step {step}" for line in process.stdout), "it ended before"
+
+
+@pytest.mark.multiprocess
+def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    """Stopped three times, by three signals to one or the other rank: the run of one unbroken."""
+    settings = ("train.epochs=4", "train.warmup_images=72")
+    train_on_two(recipe, "run.name=unbroken", *settings)
+    for number, rank, caught in (
+        (signal.SIGUSR1, 1, 5),
+        (signal.SIGTERM, 0, 25),
+        (signal.SIGINT, 1, 46),
+    ):
+        ranks = start_ranks(2, recipe, "run.name=stopped", *settings)
+        wait_for_step(ranks[rank], caught)
+        ranks[rank].send_signal(number)
+        said = [process.communicate(timeout=60)[1] for process in ranks]
+        assert [process.returncode for process in ranks] == [75, 75], said
+        step = saved(tmp_path / "runs/stopped")[1]["step"]
+        assert f"at step {step} of 72; the same command goes on from there" in said[0]
+        assert caught <= step < 72 and "Traceback" not in said[0] + said[1]  # type: ignore
+    train_on_two(recipe, "run.name=stopped", *settings)
+    assert_same_run(tmp_path / "runs/unbroken", tmp_path / "runs/stopped")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_is_named_by_the_others(recipe: Path, killed: int) -> None:
+    settings = ("train.global_batch_size=6", "train.epochs=50", "run.timeout_minutes=0.3")
+    ranks = start_ranks(3, recipe, *settings)
+    wait_for_step(ranks[killed], 3)
+    ranks[killed].kill()
+    for rank, process in enumerate(ranks):
+        said = process.communicate(timeout=60)[1]
+        if rank != killed:
+            assert process.returncode == 1
+            expected = [f"rank {killed} is gone; run the same command"]
+            if killed == 0:  # which keeps the store as well, without a launcher
+                expected.append("the process that keeps the ranks together is gone")
+            assert any(message in said for message in expected) and "Traceback" not in said
+
+
+@pytest.mark.multiprocess
+def test_ranks_that_would_start_apart_are_told_so(recipe: Path, tmp_path: Path) -> None:
+    train.run(load(recipe, "train.epochs=1"))
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
+        *(REPOSITORY / "tests" / "workers" / "start_apart.py", recipe),
+        timeout=180,
+    )
+    assert done.returncode != 0
+    assert "must lie on storage that all machines share" in done.stderr
