@@ -8,4 +8,5 @@ source "$(dirname "$0")/../launch/environment.sh" dev
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# One thread each, since the tests themselves run side by side.
+OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist worksteal "$@"
