@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from sr_dist import images, metrics, shards, upscale
+from sr_dist import images, metrics, shards, storage, upscale
 from sr_dist.errors import UserError
 
 Distance = Callable[[images.Picture, images.Picture], float]
@@ -52,21 +52,28 @@ class Mean:
 
 
 def read_pairs(
-    data: str, *, scale: int, channels: int, lr_folder: Path | None = None, bits: int = 16
+    data: str,
+    *,
+    scale: int,
+    channels: int,
+    lr_folder: Path | None = None,
+    bits: int = 16,
+    reading: storage.Settings = storage.DEFAULT,
 ) -> Iterator[Pair]:
     """The HR pictures of `data`, each with its LR: one at a time, in the order of their names.
 
     `data`: a folder of pictures, a text file that lists some, one picture, or shards. HR is cut to
     a multiple of `scale` and LR made from it, unless `lr_folder` holds it (`NAME.*`, `NAMEx4.*` or
     `NAME_x4.*`, in the same folder below it); HR is then cut to `scale` times LR. `bits`:
-    significant ones of 16-bit gray pictures, which are measured as 8-bit ones.
+    significant ones of 16-bit gray pictures, which are measured as 8-bit ones. `reading`: of shards
+    elsewhere.
 
     Raises:
         UserError: nothing is there, a picture cannot be used, or an LR does not fit its HR.
     """
     least = 2 * scale + metrics.SSIM_SIDE
     given = _by_place(lr_folder) if lr_folder is not None else {}
-    for name, source in _sources(data):
+    for name, source in _sources(data, reading):
         try:
             hr = images.decode_8_bits(source, channels, bits)
         except images.PictureError as error:
@@ -98,14 +105,22 @@ def read_pairs(
 
 
 def check(
-    data: str, *, scale: int, channels: int, lr_folder: Path | None = None, bits: int = 16
+    data: str,
+    *,
+    scale: int,
+    channels: int,
+    lr_folder: Path | None = None,
+    bits: int = 16,
+    reading: storage.Settings = storage.DEFAULT,
 ) -> int:
     """Read all that `read_pairs` will read. Returns the number of pairs.
 
     Raises:
         UserError: as `read_pairs`.
     """
-    pairs = read_pairs(data, scale=scale, channels=channels, lr_folder=lr_folder, bits=bits)
+    pairs = read_pairs(
+        data, scale=scale, channels=channels, lr_folder=lr_folder, bits=bits, reading=reading
+    )
     return sum(1 for _ in pairs)
 
 
@@ -206,23 +221,21 @@ def side_by_side(pair: Pair, results: Mapping[str, images.Picture]) -> images.Pi
     return np.asarray(canvas)
 
 
-def _sources(data: str) -> Iterator[tuple[str, bytes | Path]]:
+def _sources(data: str, reading: storage.Settings) -> Iterator[tuple[str, bytes | Path]]:
     if not _is_shards(data):
         yield from _files(data)
         return
-    index = shards.read_index(data)
+    index = shards.read_index(data, reading)
     for number, shard in enumerate(index.shards):
-        address, count = index.address(number), 0
+        address = index.address(number)
         try:
-            for sample in shards.read_samples(address):
+            for sample in shards.read_range(index, number, 0, shard.count, reading):
                 if sample.problem:
-                    raise UserError(f"shard {address}: sample {sample.key} {sample.problem}")
-                count += 1
+                    what = f"sample {sample.key} {sample.problem}" if sample.key else sample.problem
+                    raise UserError(f"shard {address}: {what}")
                 yield f"{Path(shard.name).stem}/{sample.key}", sample.picture
-        except shards.DamagedShard as error:
+        except shards.UnreadableShard as error:
             raise UserError(f"shard {address} {error}") from None
-        if count != shard.count:
-            raise UserError(f"shard {address}: {count} samples, the index says {shard.count}")
 
 
 def _is_shards(data: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 
@@ -121,14 +120,9 @@ def _names(
     """`shard/key` of every row of global step `step`, from 0; reads the shards."""
     names = []
     for shard, sample, _ in shards.samples_of_step(plan, step):
-        described = index.shards[shard]
-        offset, first = described.mark_before(sample)
-        samples = shards.read_samples(
-            index.address(shard), reading, offset=offset, passed_over=described.count
-        )
         try:
-            key = next(itertools.islice(samples, sample - first, None)).key
-        except (shards.DamagedShard, StopIteration):
-            key = f"number {sample}"
-        names.append(f"{described.name}/{key}")
+            key = next(shards.read_range(index, shard, sample, sample + 1, reading)).key
+        except shards.UnreadableShard:
+            key = ""
+        names.append(f"{index.shards[shard].name}/{key or f'number {sample}'}")
     return names

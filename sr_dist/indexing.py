@@ -12,16 +12,25 @@ from sr_dist.errors import UserError
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what, total) → items
 
 
-def index(tars: Sequence[Path], progress: Progress = lambda items, what, total: items) -> Path:
-    """Write `index.json` beside tars that others made, and return its path.
+def index(
+    paths: Sequence[Path],
+    progress: Progress = lambda items, what, total: items,
+    *,
+    min_size: int = 1,
+) -> tuple[Path, list[str]]:
+    """Write `index.json` beside tars that others made.
 
-    Every sample with a jpg, jpeg, png or webp member counts; others are passed over.
+    Every sample with a jpg, jpeg, png or webp member counts; others are passed over. Returns the
+    index's path, and the samples that cannot be used, each with the reason: its picture cannot be
+    read, or its short side is below `min_size` pixels. They are in the index all the same, since
+    samples are counted; training says so, or leaves them out with `stream.on_error=skip`.
 
     Raises:
-        UserError: the tars are not in one folder, an index is there, or a tar cannot be read.
+        UserError: the tars are not in one folder, an index is there, a tar cannot be read to its
+            end, or no sample can be used.
     """
-    tars = sorted(set(tars))
-    folders = {tar.parent for tar in tars}
+    paths = sorted(set(paths))
+    folders = {path.parent for path in paths}
     if len(folders) != 1:
         raise UserError(
             "expected tars of one folder (index.json lies beside them), found "
@@ -30,28 +39,42 @@ def index(tars: Sequence[Path], progress: Progress = lambda items, what, total: 
     target = folders.pop() / shards.INDEX_NAME
     if target.exists():
         raise UserError(f"{target} exists already; delete it to index the folder again")
-    listed, sides, channels = [], [], 1
-    for tar in progress(tars, "indexing", len(tars)):
+    listed, sides, channels, unusable = [], [], 1, []
+    for tar in progress(paths, "indexing", len(paths)):
         offsets = []
         try:
             for sample in shards.read_samples(str(tar)):
-                if sample.problem:
-                    raise UserError(f"{tar}: sample {sample.key} {sample.problem}")
                 offsets.append(sample.offset)
-                sides.append(min(images.read_size(sample.picture)))
-                channels = max(channels, images.own_channels(sample.picture))
+                try:
+                    sides.append(_side(sample, min_size))
+                    channels = max(channels, images.own_channels(sample.picture))
+                except images.PictureError as error:
+                    unusable.append(f"{tar}: sample {sample.key} {error}")
         except shards.DamagedShard as error:
             raise UserError(f"{tar} {error}") from None
-        except images.PictureError as error:
-            raise UserError(f"{tar}: sample {sample.key} {error}") from None
         digest, size = storage.sha256_of_file(str(tar))
         shard = shards.Shard(tar.name, len(offsets), size, digest)
         listed.append(shards.mark(shard, offsets))
     if not sides:
-        raise UserError(f"no sample with a picture in {len(tars)} tars")
+        first = f"; first: {unusable[0]}" if unusable else ""
+        raise UserError(f"no sample with a usable picture in {len(paths)} tars{first}")
     text = shards.index_text(channels, min(sides), listed, {"indexed": True})
     files.write_whole(target, text)
-    return target
+    return target, unusable
+
+
+def _side(sample: tars.Sample, least: int) -> int:
+    """The short side of a sample's picture, pixels.
+
+    Raises:
+        PictureError: it cannot be used.
+    """
+    if sample.problem:
+        raise images.PictureError(sample.problem)
+    height, width = images.read_size(sample.picture)
+    if min(height, width) < least:
+        raise images.PictureError(f"is {width}x{height} pixels; expected {least} on a side")
+    return min(height, width)
 
 
 def verify(address: str, progress: Progress = lambda items, what, total: items) -> list[str]:

@@ -13,13 +13,15 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +41,7 @@ ENCODINGS = ("webp", "png", "jpeg", "keep")
 _PROGRESS_FOLDER = ".progress"
 _MEMBER_ENDINGS = {"webp": "webp", "png": "png", "jpeg": "jpg"}
 _KEPT_ENDINGS = {"WEBP": "webp", "PNG": "png", "JPEG": "jpg", "MPO": "jpg"}
+_MOST_PIXELS = {"webp": 16383, "jpeg": 65500}  # on a side
 _SHARD_BYTES = 512 * 2**20  # of pixels (or kept files), which a worker holds in memory
 
 
@@ -112,7 +115,7 @@ def write(
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; expected a folder, or nothing, there")
-    run = map if executor is None else executor.map
+    run = functools.partial(_in_turn, executor)
     read = run(functools.partial(_probe, options), pictures)
     sources = list(progress(read, "reading", len(pictures)))
     _stop_on_reject(sources, strict)
@@ -153,6 +156,23 @@ def write(
     return Summary(sum(shard.count for shard in listed), len(listed), len(rejects))
 
 
+def _in_turn(
+    executor: Executor | None, function: Callable[[Given], Result], items: Iterable[Given]
+) -> Iterator[Result]:
+    """`map(function, items)` by the executor; nothing runs any more once it has ended."""
+    if executor is None:
+        yield from map(function, items)
+        return
+    futures = [executor.submit(function, item) for item in items]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
 @contextlib.contextmanager
 def local_workers(number: int) -> Iterator[Executor | None]:
     """An executor of so many processes on this machine; None for one, which is this process.
@@ -165,7 +185,7 @@ def local_workers(number: int) -> Iterator[Executor | None]:
     if number == 1:
         yield None
         return
-    executor = ProcessPoolExecutor(number)
+    executor = ProcessPoolExecutor(number, initializer=_end_with_parent)
     try:
         yield executor
     except BrokenProcessPool:
@@ -175,6 +195,18 @@ def local_workers(number: int) -> Iterator[Executor | None]:
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _fingerprint(sources: Sequence[_Source]) -> str:
@@ -247,6 +279,10 @@ def _probe(options: Options, picture: tuple[Path, str]) -> _Source:
     if min(height, width) < options.min_size:
         reason = f"is {width}x{height} pixels; the short side must be {options.min_size} or more"
         return dataclasses.replace(source, reject=reason)
+    most = _MOST_PIXELS.get(options.encode)
+    if not options.tile and most is not None and max(height, width) > most:
+        reason = f"is {width}x{height} pixels; {options.encode} holds {most} on a side"
+        return dataclasses.replace(source, reject=reason)
     if options.encode == "keep":
         with Image.open(path, formats=images.FORMATS) as image:
             if image.format not in _KEPT_ENDINGS:
@@ -311,18 +347,19 @@ def _write_shard(job: _Job) -> dict[str, Any]:
     order = np.random.default_rng([job.options.seed, job.number]).permutation(len(samples))
     # Of its own name, since a worker that was taken for dead may still be writing the same shard.
     partial = target.with_suffix(f".{uuid.uuid4().hex[:8]}.part")
-    with partial.open("wb") as file:
-        with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-            for place, number in enumerate(order.tolist()):
-                tar.write({"__key__": f"{job.first_key + place:09d}", **samples[number][0]})
-        file.flush()
-        os.fsync(file.fileno())
-    digest, size = storage.sha256_of_file(str(partial))
-    offsets = _offsets(partial)
-    if samples:
-        os.replace(partial, target)
-    else:
-        partial.unlink()
+    try:
+        with partial.open("wb") as file:
+            with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+                for place, number in enumerate(order.tolist()):
+                    tar.write({"__key__": f"{job.first_key + place:09d}", **samples[number][0]})
+            file.flush()
+            os.fsync(file.fileno())
+        digest, size = storage.sha256_of_file(str(partial))
+        offsets = _offsets(partial)
+        if samples:
+            os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
     marked = shards.mark(shards.Shard(target.name, len(samples), size, digest), offsets)
     result = {
         "name": target.name,

@@ -14,12 +14,13 @@ arithmetic:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import braceexpand
 import numpy as np
@@ -32,7 +33,18 @@ INDEX_NAME = "index.json"
 FORMAT = 1
 _MARKS_PER_SHARD = 64
 _MOST_MARKS = 200_000  # in an index, so that it stays small
+_MOST_SAMPLES = 2**48  # in an index, so that places of samples and crops fit 64 bits
 _WINDOW_BYTES = 4 * 2**20  # of samples, and of crops, that a lane may hold in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Samples `first` to `last` of a shard, which lie from byte `start` to `end`."""
+
+    first: int
+    last: int
+    start: int
+    end: int | None  # None: to the end of the tar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +57,15 @@ class Shard:
     mark_every: int = 0
     marks: tuple[int, ...] = ()
 
-    def mark_before(self, sample: int) -> tuple[int, int]:
-        """(byte, sample) of the last mark that is not behind `sample`."""
+    def stretch(self, sample: int) -> Stretch:
+        """The one that holds `sample`."""
         if not self.marks:
-            return 0, 0
-        number = min(sample // self.mark_every, len(self.marks) - 1)
-        return self.marks[number], number * self.mark_every
+            return Stretch(0, self.count, 0, None)
+        number = sample // self.mark_every
+        first = number * self.mark_every
+        if number == len(self.marks) - 1:
+            return Stretch(first, self.count, self.marks[number], None)
+        return Stretch(first, first + self.mark_every, self.marks[number], self.marks[number + 1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +103,9 @@ def read_index(address: str, settings: storage.Settings = storage.DEFAULT) -> In
     """
     names: list[str] | None = None
     place = address
-    if "{" in address:
-        place, _, pattern = address.rpartition("/")
-        place = place or "."
+    folder, slash, pattern = address.rpartition("/")
+    if "{" in pattern:
+        place = folder if slash else "."
         try:
             names = list(braceexpand.braceexpand(pattern))
         except ValueError:
@@ -133,11 +148,17 @@ def _parse_index(path: str, values: Any) -> Index:
             )
         index = Index(
             root=path.rpartition("/")[0] or ".",
-            channels=int(values["channels"]),
-            smallest_side=int(values["smallest_side"]),
+            channels=_whole_number(values["channels"]),
+            smallest_side=_whole_number(values["smallest_side"]),
             shards=tuple(_parse_shard(shard) for shard in values["shards"]),
             options=dict(values["options"]),
         )
+        if index.channels not in (1, 3):
+            raise ValueError(f"expected 1 or 3 channels, found {index.channels}")
+        if len({shard.name for shard in index.shards}) < len(index.shards):
+            raise ValueError("a shard is listed twice")
+        if index.samples > _MOST_SAMPLES:
+            raise ValueError(f"{index.samples} samples are more than can be numbered")
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
@@ -154,14 +175,26 @@ def _parse_shard(values: Any) -> Shard:
     """
     marks = tuple(values.get("marks", ()))
     shard = Shard(**{**values, "marks": marks})
-    numbers = (shard.count, shard.bytes, shard.mark_every, *marks)
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
-        raise ValueError(f"expected whole numbers from 0, found {numbers[:5]}")
-    if not isinstance(shard.name, str) or "/" in shard.name or shard.name in ("", ".", ".."):
-        raise ValueError(f"expected the name of a file beside the index, found {shard.name!r}")
-    if not isinstance(shard.sha256, str) or (marks and not shard.mark_every):
-        raise ValueError(f"{shard.name} is described wrongly")
+    for number in (shard.count, shard.bytes, shard.mark_every, *marks):
+        _whole_number(number)
+    name = shard.name
+    if not isinstance(name, str) or not name.isprintable() or set(name) & set("/\\?#"):
+        raise ValueError(f"expected the name of a file beside the index, found {name!r}")
+    if name in ("", ".", "..") or not isinstance(shard.sha256, str):
+        raise ValueError(f"{name!r} is described wrongly")
+    if marks and not (
+        list(marks) == sorted(set(marks))
+        and marks[-1] < shard.bytes
+        and len(marks) == -(-shard.count // max(1, shard.mark_every))
+    ):
+        raise ValueError(f"the marks of {name} do not fit its {shard.count} samples")
     return shard
+
+
+def _whole_number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise ValueError(f"expected a whole number from 0, found {value!r:.40}")
+    return value
 
 
 def _some_of(index: Index, names: list[str], address: str) -> Index:
@@ -211,26 +244,78 @@ class UnreadableShard(DamagedShard):
     """A tar that the network or this machine did not let be read: it may well be whole."""
 
 
-def read_samples(
-    address: str,
-    settings: storage.Settings = storage.DEFAULT,
-    *,
-    offset: int = 0,
-    passed_over: int = 0,
-    size: int | None = None,
-    sha256: str = "",
-) -> Iterator[tars.Sample]:
-    """`tars.read_samples` of a file anywhere, from a sample's `offset` on.
-
-    `size` and `sha256`: of the tar, if known.
+def read_samples(address: str) -> Iterator[tars.Sample]:
+    """`tars.read_samples` of a file anywhere.
 
     Raises:
         DamagedShard: after the samples that could be read.
     """
+    with _told_apart(), storage.open_file(address) as file:
+        yield from tars.read_samples(file)
+
+
+def read_range(
+    index: Index, shard: int, start: int, stop: int, settings: storage.Settings
+) -> Iterator[tars.Sample]:
+    """Samples `start` to `stop` of a shard, all of them, in order.
+
+    Those that cannot be read have no key, and their `problem` goes on from the shard's name. Each
+    stretch is read by itself, from its mark on: what is lost of a damaged shard does not depend on
+    where reading starts.
+
+    Raises:
+        UnreadableShard: not the shard is to blame.
+    """
+    described, address = index.shards[shard], index.address(shard)
+    number = start
     try:
-        with storage.open_file(address, settings, size=size, sha256=sha256) as file:
-            file.seek(offset)
-            yield from tars.read_samples(file, passed_over=passed_over)
+        with (
+            _told_apart(),
+            storage.open_file(
+                address, settings, size=described.bytes, sha256=described.sha256
+            ) as file,
+        ):
+            while number < stop:
+                for sample in _read_stretch(file, described.stretch(number), number, stop):
+                    yield sample
+                    number += 1
+    except UnreadableShard:
+        raise
+    except DamagedShard as error:  # the whole of it
+        for _ in range(number, stop):
+            yield tars.Sample("", 0, "", b"", {}, str(error))
+
+
+def _read_stretch(file: BinaryIO, stretch: Stretch, start: int, stop: int) -> Iterator[tars.Sample]:
+    """Samples `start` to `stop` of a stretch, or to its end; lost ones as `read_range` has them."""
+    number, expected = stretch.first, stretch.last - stretch.first
+    file.seek(stretch.start)
+    samples = tars.read_samples(file, passed_over=start - number, end=stretch.end)
+    try:
+        for sample in samples:
+            # The last one is given out once it is known to be the last.
+            if number == stretch.last - 1 and next(samples, None) is not None:
+                raise tars.DamagedTar(f"it holds more than the {expected} samples of the index")
+            if number >= start:
+                yield sample
+            number += 1
+            if number == min(stop, stretch.last):
+                return
+        raise tars.DamagedTar(
+            f"it holds {number - stretch.first} samples from byte {stretch.start} on, where the "
+            f"index has {expected}"
+        )
+    except tars.DamagedTar as error:
+        problem = f"{error}, at sample {number}"
+    for _ in range(max(number, start), min(stop, stretch.last)):
+        yield tars.Sample("", 0, "", b"", {}, f"is damaged: {problem}")
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    """Raise what is wrong with a tar, and what with the way to it, each as its own error."""
+    try:
+        yield
     except tars.DamagedTar as error:
         raise DamagedShard(f"is damaged: {error}") from error
     except FileNotFoundError as error:
@@ -368,9 +453,19 @@ def samples_of_step(plan: Plan, step: int) -> list[tuple[int, int, int]]:
 
 
 def check_files(index: Index, settings: storage.Settings = storage.DEFAULT) -> list[str]:
-    """What is wrong with the files of an index, by their sizes; of remote ones the first alone."""
+    """What is wrong with the files of an index, by their sizes; of remote ones the first alone.
+
+    Raises:
+        UserError: they do not fit into the cache.
+    """
     problems = []
     remote = storage.is_remote(index.root)
+    largest = max(index.shards, key=lambda shard: shard.bytes)
+    if remote and settings.cache_dir is not None and largest.bytes > settings.cache_bytes:
+        raise UserError(
+            f"stream.cache_bytes is {settings.cache_bytes}, but {largest.name} has "
+            f"{largest.bytes} bytes; allow more, or leave stream.cache_dir out"
+        )
     for number, shard in enumerate(index.shards[:1] if remote else index.shards):
         address = index.address(number)
         try:

@@ -7,8 +7,11 @@ import dataclasses
 import fcntl
 import hashlib
 import io
+import logging
 import os
+import shutil
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,14 +20,22 @@ import fsspec
 
 from sr_dist.errors import UserError
 
+log = logging.getLogger(__name__)
+
 SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 _BLOCK_BYTES = 2 * 2**20  # asked for at once
+_LEAST_BYTES = 64 * 2**10  # asked for at once after faults
+_SLOWEST = 20  # times the timeout: that long a block may take to come
 _FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
 _LONGEST_PAUSE = 30.0
 
 
 class Unreadable(OSError):
     """A file that could not be read to where it was wanted; the message says all."""
+
+
+class OtherBytes(OSError):
+    """A file that is not the one that the index tells of; the message says all."""
 
 
 class NoRanges(Unreadable):
@@ -36,7 +47,9 @@ class Settings:
     """How remote files are read."""
 
     attempts: int = 6  # to get a block, in a row
-    timeout: float = 30.0  # seconds to connect, and without a byte
+    # Seconds to connect, and without a byte, over http(s) and s3; the packages that read gs and hf
+    # have their own.
+    timeout: float = 30.0
     cache_dir: str | None = None  # remote shards are kept here
     cache_bytes: int = 50 * 10**9  # of shards kept; beside them lies what is being fetched
 
@@ -48,16 +61,22 @@ def is_remote(address: str) -> bool:
     return "://" in address and not address.startswith("file://")
 
 
+def local_path(address: str) -> Path:
+    """Of an address that is not remote."""
+    return Path(address.removeprefix("file://"))
+
+
 def open_file(
     address: str, settings: Settings = DEFAULT, *, size: int | None = None, sha256: str = ""
 ) -> BinaryIO:
     """Open for reading, with seeking. `size` and `sha256`: what the index says of it, if known.
 
-    A remote file is read in blocks; where a connection breaks, reading goes on at the byte it had
-    got to. With a cache directory the whole file is fetched first, checked, and kept.
+    A remote file is read in blocks. Where a connection breaks, reading goes on behind the last
+    block that came, with smaller ones. With a cache directory the whole file is fetched first,
+    checked, and kept; one with other bytes than `sha256` tells of is read from afar instead.
 
     Raises:
-        UserError: the scheme is unknown, or its package is missing.
+        UserError: the scheme is unknown, its package is missing, or the address tells secrets.
         OSError: it is not there or cannot be read.
     """
     scheme = address.partition("://")[0] if "://" in address else "file"
@@ -66,9 +85,12 @@ def open_file(
             f"{address}: expected a local path or an address of {', '.join(SCHEMES[1:])}"
         )
     if not is_remote(address):
-        return Path(address.removeprefix("file://")).open("rb")
+        return local_path(address).open("rb")
+    _check_secrets(address)
     if settings.cache_dir is not None and size is not None and sha256:
-        return _Cache(settings).open(address, size, sha256)
+        cached = _Cache(settings).open(address, size, sha256)
+        if cached is not None:
+            return cached
     return cast(BinaryIO, io.BufferedReader(_Remote(address, settings, size), _BLOCK_BYTES))
 
 
@@ -88,8 +110,31 @@ def size_of(address: str, settings: Settings = DEFAULT) -> int:
         OSError: it is not there or cannot be read.
     """
     if not is_remote(address):
-        return Path(address.removeprefix("file://")).stat().st_size
-    return int(_attempt(address, settings, 0, lambda fs, path: fs.size(path)))
+        return local_path(address).stat().st_size
+    return int(_attempt(address, settings, 0, _size))
+
+
+def _size(fs: Any, path: str) -> int:
+    try:
+        size = fs.size(path)
+    except FileNotFoundError:  # over http that is said of other faults too
+        fs.cat_file(path, start=0, end=1)
+        raise OSError("the server does not tell its size") from None
+    if size is None:
+        raise OSError("the server does not tell its size")
+    return int(size)
+
+
+def _check_secrets(address: str) -> None:
+    """Addresses are printed, and recorded in the folders of runs."""
+    parts = urllib.parse.urlsplit(address)
+    if "@" in parts.netloc or (parts.query and parts.scheme in ("http", "https")):
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+        raise UserError(
+            f"{shown}: expected an address without user, password or query, which would be "
+            "recorded with every run. Put secrets where the file system looks for them (http: "
+            "~/.netrc; s3, gs and hf: their environment variables)."
+        )
 
 
 def sha256_of_file(address: str, settings: Settings = DEFAULT) -> tuple[str, int]:
@@ -109,7 +154,7 @@ class _Remote(io.RawIOBase):
         self.address, self.settings = address, settings
         if size is None:
             size = size_of(address, settings)
-        self.size, self.place = size, 0
+        self.size, self.place = _found_shorter.get(address, size), 0
 
     def readable(self) -> bool:
         return True
@@ -132,35 +177,56 @@ class _Remote(io.RawIOBase):
         wanted = min(len(buffer), max(0, self.size - self.place))
         if not wanted:
             return 0
-        start, end = self.place, self.place + wanted
+        start, asked = self.place, 2 * wanted
 
         def fetch(fs: Any, path: str) -> bytes:
-            data: bytes = fs.cat_file(path, start=start, end=end)
-            if len(data) > wanted:
+            # After a fault half as much is asked for, so that a connection that never lasts longer
+            # than some bytes still brings the file.
+            nonlocal asked
+            asked = min(wanted, max(asked // 2, _LEAST_BYTES))
+            data: bytes = fs.cat_file(path, start=start, end=start + asked)
+            if len(data) > asked:
                 raise NoRanges(
-                    f"{self.address}: asked for {wanted} bytes, the server sent {len(data)}: it "
+                    f"{self.address}: asked for {asked} bytes, the server sent {len(data)}: it "
                     "does not answer range requests. Set stream.cache_dir, which fetches shards "
                     "whole, or use another server"
                 )
-            if len(data) < wanted:
-                raise OSError(f"{len(data)} of {wanted} bytes came")
+            if len(data) < asked:
+                raise OSError(f"{len(data)} of {asked} bytes came")
             return data
 
-        data = _attempt(self.address, self.settings, start, fetch)
-        buffer[:wanted] = data
-        self.place = end
-        return wanted
+        try:
+            data = _attempt(self.address, self.settings, start, fetch)
+        except Unreadable:
+            # No fault of the way, if the file is shorter than the index says.
+            size = size_of(self.address, self.settings)
+            if size >= min(self.size, start + wanted):
+                raise
+            self.size = _found_shorter[self.address] = size
+            return self.readinto(buffer)
+        buffer[: len(data)] = data
+        self.place = start + len(data)
+        return len(data)
+
+
+_found_shorter: dict[str, int] = {}  # sizes of files that end before the index says
 
 
 def _attempt(address: str, settings: Settings, at: int, fetch: Any) -> Any:
     """What `fetch(file system, path)` returns, tried again after a fault that may pass."""
+    _check_secrets(address)
     for attempt in range(1, settings.attempts + 1):
         try:
             fs, path = fsspec.core.url_to_fs(address, **_options(address, settings))
+            if isinstance(getattr(fs, "retries", None), int):
+                fs.retries = 1  # s3fs's own attempts would multiply these
+        except (ImportError, ValueError) as error:  # a missing package, a malformed address
+            raise UserError(f"cannot open {address}: {error}") from None
+        try:
             return fetch(fs, path)
         except (FileNotFoundError, PermissionError, NoRanges, UserError):
             raise
-        except (ImportError, ValueError) as error:  # a missing package, a malformed address
+        except ImportError as error:
             raise UserError(f"cannot open {address}: {error}") from None
         except Exception as error:  # each file system raises its own
             if attempt == settings.attempts:
@@ -176,26 +242,32 @@ def _options(address: str, settings: Settings) -> dict[str, Any]:
     scheme = address.partition("://")[0]
     if scheme in ("http", "https"):
         try:
-            import aiohttp
+            timeout = _http_timeout(settings, _SLOWEST * settings.timeout)
         except ImportError:
             raise UserError(
                 f"cannot open {address}: aiohttp is not installed: pip install 'sr_dist[remote]'"
             ) from None
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=settings.timeout, sock_read=settings.timeout
-        )
-        return {"client_kwargs": {"timeout": timeout}}
+        # From the environment come the proxy and ~/.netrc.
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     if scheme == "s3":
         timeouts = {"connect_timeout": settings.timeout, "read_timeout": settings.timeout}
-        return {"config_kwargs": timeouts}
+        return {"config_kwargs": {**timeouts, "retries": {"total_max_attempts": 1}}}
     return {}
+
+
+def _http_timeout(settings: Settings, total: float | None) -> Any:
+    import aiohttp
+
+    each = settings.timeout
+    return aiohttp.ClientTimeout(total=total, sock_connect=each, sock_read=each)
 
 
 class _Cache:
     """Remote shards on the local disk, shared by the processes of a machine.
 
     A shard is fetched by one process, checked and then moved into place; files that were not used
-    for longest make room. Who has one open keeps it, since removing leaves its bytes to them.
+    for longest make room. Who has one open keeps it, since removing leaves its bytes to them. Lock
+    files, which are empty, stay.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -203,7 +275,8 @@ class _Cache:
         self.settings = settings
         self.folder = Path(settings.cache_dir)
 
-    def open(self, address: str, size: int, sha256: str) -> BinaryIO:
+    def open(self, address: str, size: int, sha256: str) -> BinaryIO | None:
+        """The shard, or None where the one at `address` is not that of the index."""
         if size > self.settings.cache_bytes:
             raise UserError(
                 f"stream.cache_bytes is {self.settings.cache_bytes}, but {address} has {size} bytes"
@@ -211,16 +284,22 @@ class _Cache:
         key = hashlib.sha256(f"{address}\0{size}\0{sha256}".encode()).hexdigest()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{key}.tar"
-        while True:
+        while key not in _not_kept:
             with contextlib.suppress(FileNotFoundError):
                 file = path.open("rb")
                 if os.fstat(file.fileno()).st_size == size:
-                    os.utime(path)  # when it was last used
+                    with contextlib.suppress(PermissionError):  # somebody else's cache serves too
+                        os.utime(path)  # when it was last used
                     return file
                 file.close()
             with self._locked(f"{key}.lock"):
                 if not (path.exists() and path.stat().st_size == size):
-                    self._fetch(address, path, size, sha256)
+                    try:
+                        self._fetch(address, path, size, sha256)
+                    except OtherBytes as error:
+                        log.warning("%s, and so is not kept in %s", error, self.folder)
+                        _not_kept.add(key)
+        return None
 
     def _fetch(self, address: str, path: Path, size: int, sha256: str) -> None:
         partial = path.with_suffix(".part")
@@ -228,7 +307,7 @@ class _Cache:
             self._copy(address, partial, size)
             digest, found = sha256_of_file(str(partial))
             if (digest, found) != (sha256, size):
-                raise Unreadable(
+                raise OtherBytes(
                     f"{address} has {found} bytes with sha256 {digest[:12]}…, the index says "
                     f"{size} and {sha256[:12]}…"
                 )
@@ -241,13 +320,21 @@ class _Cache:
     def _copy(self, address: str, partial: Path, size: int) -> None:
         remote = _Remote(address, self.settings, size)
         try:
-            with partial.open("wb") as file, io.BufferedReader(remote, 4 * _BLOCK_BYTES) as source:
-                while block := source.read(4 * _BLOCK_BYTES):
-                    file.write(block)
-        except NoRanges:
-            _attempt(address, self.settings, 0, lambda fs, path: fs.get_file(path, str(partial)))
+            with partial.open("wb") as file, io.BufferedReader(remote, _BLOCK_BYTES) as source:
+                shutil.copyfileobj(source, file, _BLOCK_BYTES)
+        except NoRanges:  # over http alone; the whole of it may take its time
+            whole = {"timeout": _http_timeout(self.settings, None)}
+            _attempt(
+                address, self.settings, 0, lambda fs, path: fs.get_file(path, str(partial), **whole)
+            )
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # before it takes a name that is believed
 
     def _make_room(self, size: int) -> None:
+        for partial in self.folder.glob("*.part"):
+            lock = self._locked(f"{partial.stem}.lock", wait=False)
+            with contextlib.suppress(BlockingIOError), lock:
+                partial.unlink(missing_ok=True)  # of a process that was killed
         kept = [(path.stat(), path) for path in self.folder.glob("*.tar")]
         total = sum(status.st_size for status, _ in kept)
         for status, path in sorted(kept, key=lambda item: item[0].st_mtime):
@@ -256,7 +343,14 @@ class _Cache:
                 total -= status.st_size
 
     @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
+    def _locked(self, name: str, wait: bool = True) -> Iterator[None]:
+        """
+        Raises:
+            BlockingIOError: another has it, and not `wait`.
+        """
         with (self.folder / name).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
+
+
+_not_kept: set[str] = set()  # keys of shards with other bytes than the index says

@@ -12,7 +12,6 @@ import itertools
 import resource
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sr_dist import images, shards, storage
+from sr_dist import images, shards, storage, tars
 from sr_dist.degradation import Degradation, degrade
 from sr_dist.errors import UserError
 
@@ -90,13 +89,11 @@ class _Crop:
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """An undecoded sample, or why there is none."""
+    """An undecoded sample, or why there is none, and where it lies."""
 
     shard: int
     number: int  # in its shard
-    key: str
-    data: bytes
-    problem: str = ""
+    sample: tars.Sample
 
 
 class _Reader:
@@ -133,7 +130,8 @@ class _Reader:
         kept: dict[tuple[int, int], _Crop] = {}
         for sample, crop in order.tolist():
             if (sample, crop) not in kept:
-                picture = self._picture(members, sample)
+                # Told at its first crop alone: a resumed run begins behind it.
+                picture = self._picture(members, sample, told=crop == 0)
                 number = int(self.first_of_shard[members[sample].shard]) + members[sample].number
                 for later in range(crop, self.plan.crops_per_image):
                     random = np.random.default_rng([self.plan.seed, epoch, number, later])
@@ -143,17 +141,24 @@ class _Reader:
                     kept[sample, later] = _Crop(hr, random)
             yield kept.pop((sample, crop))
 
-    def _picture(self, members: list[_Member], sample: int) -> images.Picture | images.DeepPicture:
+    def _picture(
+        self, members: list[_Member], sample: int, told: bool
+    ) -> images.Picture | images.DeepPicture:
         """A member's picture, or in its place the next one's of the window, or another shard's.
 
-        Which one depends on nothing but the plan and the bytes of the shards.
+        Which one depends on nothing but the plan and the bytes of the shards. `told`: a member that
+        gives way is put on the list of what was skipped.
+
+        Raises:
+            DataError: it cannot be used, and the stream stops at errors; or none at all can.
         """
         try:
             return self._decode(members[sample])
         except DataError as error:
             if self.stream.on_error == "stop":
                 raise
-            self.skipped.append(str(error))
+            if told:
+                self.skipped.append(str(error))
         for other in [*members[sample + 1 :], *members[:sample]]:
             try:
                 return self._decode(other)
@@ -181,81 +186,58 @@ class _Reader:
         raise DataError(f"no sample of {self.stream.index.root} can be used")
 
     def _read(self, segments: Iterator[shards.Segment]) -> Iterator[_Member]:
-        """The samples of `segments`, those that cannot be read without data."""
+        """The samples of `segments`, those that cannot be read without a key.
+
+        Raises:
+            DataError: not a shard is to blame, but the way to it. Never skipped: what took its
+                place would depend on the weather.
+        """
+        index = self.stream.index
         for segment in segments:
-            shard = self.stream.index.shards[segment.shard]
-            offset, number = shard.mark_before(segment.start)
-            read = shards.read_samples(
-                self.stream.index.address(segment.shard),
-                self.stream.settings,
-                offset=offset,
-                passed_over=segment.start - number,
-                size=shard.bytes,
-                sha256=shard.sha256,
+            samples = shards.read_range(
+                index, segment.shard, segment.start, segment.stop, self.stream.settings
             )
-            problem = ""
             try:
-                for sample in read:
-                    if number >= segment.start:
-                        yield _Member(
-                            segment.shard, number, sample.key, sample.picture, sample.problem
-                        )
-                    number += 1
-                    if number == segment.stop:
-                        break
+                for number, sample in enumerate(samples, segment.start):
+                    yield _Member(segment.shard, number, sample)
             except shards.UnreadableShard as error:
-                # Never skipped: what took its place would depend on the weather.
                 raise DataError(
-                    f"shard {self.stream.index.address(segment.shard)} {error}. Run the same "
-                    "command to go on from the last checkpoint."
+                    f"shard {index.address(segment.shard)} {error}. Run the same command to go on "
+                    "from the last checkpoint."
                 ) from None
-            except shards.DamagedShard as error:
-                problem = f"{error}, at sample {number} of {shard.count}"
-            if number < segment.stop:
-                problem = problem or f"it ends after {number} of {shard.count} indexed samples"
-                for lost in range(max(number, segment.start), segment.stop):
-                    yield _Member(segment.shard, lost, "", b"", problem)
 
     def _decode(self, member: _Member) -> images.Picture | images.DeepPicture:
         """
         Raises:
             DataError: the sample cannot be used.
         """
-        if member.problem and not member.key:
-            raise self._error(member, member.problem)
-        if member.problem:
-            raise self._error(member, f"sample {member.key} {member.problem}")
+        sample, stream = member.sample, self.stream
+        if sample.problem:
+            raise self._error(member, sample.problem)
         try:
-            picture = images.decode(member.data, self.stream.channels)
+            picture = images.decode(sample.picture, stream.channels)
         except images.PictureError as error:
-            raise self._error(member, f"sample {member.key} {error}") from None
-        if picture.dtype != np.uint8 and int(picture.max()) >= 2**self.stream.bits:
-            raise self._error(
-                member,
-                f"sample {member.key} holds values up to {picture.max()}, for which data.bits "
-                f"{self.stream.bits} are too few",
+            raise self._error(member, str(error)) from None
+        if picture.dtype != np.uint8 and int(picture.max()) >= 2**stream.bits:
+            what = (
+                f"holds values up to {picture.max()}, for which data.bits {stream.bits} are too few"
             )
-        if min(picture.shape[:2]) < self.stream.crop_size:
+            raise self._error(member, what)
+        if min(picture.shape[:2]) < stream.crop_size:
             size = f"{picture.shape[1]}x{picture.shape[0]}"
-            raise self._error(
-                member,
-                f"sample {member.key} is {size} pixels, smaller than data.crop_size "
-                f"{self.stream.crop_size}",
-            )
+            what = f"is {size} pixels, smaller than data.crop_size {stream.crop_size}"
+            raise self._error(member, what)
         return picture
 
     def _error(self, member: _Member, what: str) -> DataError:
-        address = self.stream.index.address(member.shard)
-        if not storage.is_remote(address) and not Path(address).exists():
-            return DataError(
-                f"shard {address} is gone; its folder's index.json still lists it. Put it back."
-            )
-        what = f"is damaged: {what.removeprefix('is damaged: ')}"
-        return DataError(
-            f"shard {address} {what}. 'python tools/make_shards.py verify' lists all "
-            "that is wrong; write the shard again, or train without such samples with "
-            "stream.on_error=skip."
+        sample = f": sample {member.sample.key}" if member.sample.key else ""
+        advice = (
+            "'python tools/make_shards.py verify' lists all that is wrong; write the shard again"
         )
+        if self.stream.on_error == "stop":
+            advice += ", or train without such samples with stream.on_error=skip"
+        address = self.stream.index.address(member.shard)
+        return DataError(f"shard {address}{sample} {what}. {advice}.")
 
 
 def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[Batch]:

@@ -19,6 +19,7 @@ _MOST_PICTURE_BYTES = 512 * 2**20
 _MOST_JSON_BYTES = 2**20
 _BLOCK = 512
 _MOST_EXTENSION = 2**20  # bytes of a long name or of extended headers
+_MOST_BYTES = 2**60  # of a member, so that places in the file are numbers that it can be asked for
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _PAX, _PAX_GLOBAL = tarfile.XHDTYPE, tarfile.XGLTYPE
 
@@ -36,43 +37,57 @@ class Member:
     size: int
     file: BinaryIO
 
-    def read(self, most: int) -> bytes:
-        """Its bytes, `most` at most.
-
+    def expect(self, most: int) -> None:
+        """
         Raises:
-            DamagedTar: there are more, or the file ends before.
+            DamagedTar: it has more than `most` bytes.
         """
         if self.size > most:
             raise DamagedTar(f"{self.name} has {self.size} bytes; at most {most} are expected")
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            DamagedTar: the file ends before.
+        """
         return _exactly(self.file, self.size, self.name)
 
 
-def read_members(file: BinaryIO) -> Iterator[Member]:
+def read_members(file: BinaryIO, end: int | None = None) -> Iterator[Member]:
     """The regular files of a tar, from where `file` stands (a member's offset) to its end mark.
 
-    What is not read of them is passed over by seeking.
+    What is not read of them is passed over by seeking. `end`: the offset of a member, at which to
+    stop.
 
     Raises:
-        DamagedTar: it is cut off, a header is damaged, or it holds what has no place in a data set:
-            a link, a device, a name that leads elsewhere.
+        DamagedTar: it is cut off, a header is damaged, no member begins at `end`, or it holds what
+            has no place in a data set: a link, a device, a name that leads elsewhere.
     """
     at = file.tell()
     offset, long_name, long_size = at, "", None
     while True:
+        if end is not None and offset >= end:
+            if offset > end:
+                raise DamagedTar(f"no member begins at byte {end}, where the index has one")
+            return
         header = file.read(_BLOCK)
         if len(header) < _BLOCK:
             what = f"inside the header at byte {at}" if header else f"at byte {at}, before its end"
             raise DamagedTar(f"it is cut off {what}")
         if not any(header):
+            if end is not None:
+                raise DamagedTar(f"it ends at byte {at}, before byte {end}")
             return
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            raise DamagedTar(f"there is no tar header at byte {at} ({error})") from None
+            packed = " (it is packed with gzip: unpack it)" if header[:2] == b"\x1f\x8b" else ""
+            raise DamagedTar(f"there is no tar header at byte {at} ({error}){packed}") from None
         at += _BLOCK
         size = info.size if long_size is None else long_size
-        if size < 0:
-            raise DamagedTar(f"the header at byte {at - _BLOCK} tells a size of {size}")
+        if not 0 <= size <= _MOST_BYTES:
+            raise DamagedTar(f"the header at byte {at - _BLOCK} tells a size of {size:.3g} bytes")
         padded = -(-size // _BLOCK) * _BLOCK
         if info.type in (_PAX, _PAX_GLOBAL, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
             if size > _MOST_EXTENSION:
@@ -89,7 +104,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         _check_name(name, info)
         if info.type in _REGULAR:
             yield Member(name, offset, size, file)
-        at += padded
+            at += padded  # a folder has no bytes, whatever size its header tells
         file.seek(at)
         offset, long_name, long_size = at, "", None
 
@@ -106,8 +121,10 @@ class Sample:
     problem: str = ""  # why it cannot be trusted
 
 
-def read_samples(file: BinaryIO, *, passed_over: int = 0) -> Iterator[Sample]:
-    """The samples of a tar that hold a picture, from where `file` stands.
+def read_samples(
+    file: BinaryIO, *, passed_over: int = 0, end: int | None = None
+) -> Iterator[Sample]:
+    """The samples of a tar that hold a picture, from where `file` stands to `end`.
 
     The pictures of the first `passed_over` of them are not read. Where a sample's .json holds the
     CRC-32 of its picture, as it does in the shards that we write, the two are compared.
@@ -116,7 +133,7 @@ def read_samples(file: BinaryIO, *, passed_over: int = 0) -> Iterator[Sample]:
         DamagedTar: as `read_members`; a sample has a member twice, or one too large.
     """
     count = 0
-    named = (member for member in read_members(file) if all(_split(member.name)))
+    named = (member for member in read_members(file, end) if all(_split(member.name)))
     for key, members in itertools.groupby(named, lambda member: _split(member.name)[0]):
         sample = _sample(key, members, count >= passed_over)
         if sample.ending:
@@ -153,7 +170,7 @@ def _extended(data: bytes, name: str) -> tuple[str, int | None]:
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
         elif key == b"size":
-            if not value.isdigit():
+            if not value.isdigit() or len(value) > 20:
                 raise DamagedTar("an extended header tells a size that is no number")
             size = int(value)
         at += int(length)
@@ -169,7 +186,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _sample(key: str, members: Iterator[Member], wanted: bool) -> Sample:
     offset, about, endings = -1, {}, set[str]()
-    pictures: dict[str, tuple[str, bytes]] = {}  # by kind: ending and bytes
+    pictures: list[tuple[str, bytes]] = []  # ending and bytes
     for member in members:
         offset = member.offset if offset < 0 else offset
         ending = _split(member.name)[1]
@@ -178,13 +195,18 @@ def _sample(key: str, members: Iterator[Member], wanted: bool) -> Sample:
         endings.add(ending)
         kind = ending.rpartition(".")[2].lower()
         if kind in PICTURE_MEMBERS:
-            pictures[kind] = (ending, member.read(_MOST_PICTURE_BYTES) if wanted else b"")
+            # Checked also where it is passed over: damage is the same whoever reads.
+            member.expect(_MOST_PICTURE_BYTES)
+            pictures.append((ending, member.read() if wanted else b""))
         elif kind == "json":
-            about = _about(member.read(_MOST_JSON_BYTES))
-    kind = next((kind for kind in PICTURE_MEMBERS if kind in pictures), "")
-    ending, picture = pictures.get(kind, ("", b""))
+            member.expect(_MOST_JSON_BYTES)
+            about = _about(member.read())
+    ending, picture = pictures[0] if pictures else ("", b"")
     problem = ""
-    if wanted and ending and "crc32" in about and zlib.crc32(picture) != about["crc32"]:
+    if len(pictures) > 1:
+        several = ", ".join(ending for ending, _ in pictures)
+        problem = f"has several pictures ({several}), and nothing says which one to take"
+    elif wanted and ending and "crc32" in about and zlib.crc32(picture) != about["crc32"]:
         problem = "does not have the bytes that its .json tells of"
     return Sample(key, offset, ending, picture, about, problem)
 

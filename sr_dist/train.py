@@ -111,7 +111,11 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         for problem in problems:
             log.warning("shard %s", problem)
         validation_pictures = evaluate.check(
-            data.validation, scale=data.scale, channels=data.channels, bits=data.bits
+            data.validation,
+            scale=data.scale,
+            channels=data.channels,
+            bits=data.bits,
+            reading=reading,
         )
     identity = _identity(config, index, plan)
     start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
@@ -154,6 +158,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         scale=data.scale,
         channels=data.channels,
         bits=data.bits,
+        reading=reading,
         colour=config.evaluation.protocol,
         tile=config.evaluation.tile,
         samples=config.evaluation.samples,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sr_dist import evaluate, images, tracking
+from sr_dist import evaluate, images, storage, tracking
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ class Validation:
     scale: int
     channels: int
     bits: int
+    reading: storage.Settings
     colour: str  # y or rgb
     tile: int  # LR pixels
     samples: int  # pictures shown
@@ -46,7 +47,11 @@ class Validation:
             "SR": evaluate.learned(generator, scale=self.scale, tile=self.tile),
         }
         pairs = evaluate.read_pairs(
-            self.data, scale=self.scale, channels=self.channels, bits=self.bits
+            self.data,
+            scale=self.scale,
+            channels=self.channels,
+            bits=self.bits,
+            reading=self.reading,
         )
         rows = evaluate.evaluate(
             upscalers, pairs, colour=self.colour, border=self.scale, lpips=self.lpips, look=look

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import json
+import shutil
 import struct
 import tarfile
 import zlib
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import images, indexing, shards, stream, tars
+from sr_dist import images, indexing, shards, storage, stream, tars
 from tests.streams import assert_equal, joined, read, read_batches
 
 
@@ -23,23 +24,29 @@ def samples(tar: Path) -> list[tars.Sample]:
 
 
 def rewrite(tar: Path, key: str, **members: bytes | None) -> None:
-    """Replace or leave out members of one sample, and mark the samples afresh in the index."""
+    """Replace or leave out members of one sample; the others stay at their places."""
     with tarfile.open(tar) as source:
         kept = {info.name: source.extractfile(info).read() for info in source}  # type: ignore
-    for ending, data in members.items():
-        if data is None:
-            del kept[f"{key}.{ending}"]
-        else:
-            kept[f"{key}.{ending}"] = data
+    names = [name for name in kept if name.partition(".")[0] == key]
+    space = sum(512 + -(-len(kept[name]) // 512) * 512 for name in names)
+    changed = {f"{key}.{ending}": data for ending, data in members.items()}
     with tarfile.open(tar, "w") as target:
-        for name, data in kept.items():
+
+        def add(name: str, data: bytes) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             target.addfile(info, io.BytesIO(data))
-    index = json.loads((tar.parent / "index.json").read_text())
-    for shard in index["shards"]:
-        shard["marks"], shard["mark_every"] = [], 0
-    (tar.parent / "index.json").write_text(json.dumps(index))
+
+        for name, data in kept.items():
+            if name not in names:
+                add(name, data)
+            elif name == names[0]:
+                begin = target.offset
+                for one, content in {**{n: kept[n] for n in names}, **changed}.items():
+                    if content is not None:
+                        add(one, content)
+                fill = begin + space - target.offset - 512
+                add(f"{key}.txt", bytes(fill))
 
 
 def cut(place: Callable[[tars.Sample], int]) -> Callable[[Path], None]:
@@ -80,19 +87,19 @@ def bomb() -> bytes:
 BOMB = bomb()
 
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut in a header": (cut(lambda s: s.offset + 100), "it is cut off inside the header at byte"),
+    "cut in a header": (cut(lambda s: s.offset + 100), "it is cut off "),
     "cut between members": (cut(lambda s: s.offset), "it is cut off at byte"),
-    "cut in a payload": (cut(lambda s: s.offset + 600), "it is cut off inside 0000000"),
+    "cut in a payload": (cut(lambda s: s.offset + 600), "it is cut off "),
     "flipped in a payload": (
         flip(lambda s: s.offset + 512 + len(s.picture) // 2),
         r"sample 0000000\d\d does not have the bytes that its .json tells of",
     ),
     "flipped in a header": (flip(lambda s: s.offset + 3), "there is no tar header at byte"),
-    "empty": (lambda tar: tar.write_bytes(b"") and None, "it is cut off at byte 0"),
-    "gone": (lambda tar: tar.unlink(), "is gone; its folder"),
+    "empty": (lambda tar: tar.write_bytes(b"") and None, "it is cut off at byte"),
+    "gone": (lambda tar: tar.unlink(), "is not there"),
     "a picture missing": (
         lambda tar: rewrite(tar, samples(tar)[4].key, webp=None),
-        "it ends after",
+        r"it holds \d+ samples from byte \d+ on, where the index has \d+",
     ),
     "an undecodable picture": (
         lambda tar: rewrite(tar, samples(tar)[4].key, webp=b"RIFF nonsense", json=b"{}"),
@@ -106,16 +113,24 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def copy_with_marks(sharded: Path, folder: Path, most: int) -> Path:
+    """The shards, with `most` marks in each at most."""
+    shutil.copytree(sharded, folder)
+    index = shards.read_index(str(sharded))
+    marked = [shards.mark(shard, shard.marks, most) for shard in index.shards]
+    assert all(shard.mark_every > 1 and len(shard.marks) > 3 for shard in marked)
+    text = shards.index_text(index.channels, index.smallest_side, marked, index.options)
+    (folder / "index.json").write_text(text)
+    return folder
+
+
 @pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "-"))
 def case(
     request: pytest.FixtureRequest, sharded: Path, tmp_path: Path
 ) -> tuple[Path, str, list[tuple[torch.Tensor, torch.Tensor]]]:
     """A folder with one damaged shard, what is said of it, and the batches of the whole one."""
     damage, message = CASES[request.param]
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for path in sharded.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = copy_with_marks(sharded, tmp_path / "damaged", most=6)
     damage(folder / "shard-000001.tar")
     return folder, message, read(sharded, last=LAST, crops=1)
 
@@ -126,7 +141,7 @@ LAST = 44  # two epochs of 22 steps and so every sample
 def test_damage_stops_and_is_named(case: tuple[Path, str, object]) -> None:
     folder, message, _ = case
     for num_workers in (0, 2):
-        with pytest.raises(stream.DataError, match=rf"shard .*shard-000001.tar .*{message}"):
+        with pytest.raises(stream.DataError, match=rf"shard .*shard-000001.tar:? .*{message}"):
             read(folder, last=LAST, crops=1, num_workers=num_workers)
 
 
@@ -141,7 +156,9 @@ def test_damage_is_skipped_alike_everywhere(
         [(None, r) for _, hr in whole for r in hr], strict=True)])  # fmt: skip
     assert 0 < int((~rows).sum()) and int(rows.sum()) > 0.4 * len(rows), "the others are as before"
     assert_equal(skipping, read(folder, last=LAST, crops=1, on_error="skip", num_workers=3))
-    assert_equal(skipping[13:], read(folder, first=13, last=LAST, crops=1, on_error="skip"))
+    for first in range(1, LAST):  # also behind the damage
+        rest = read(folder, first=first, last=first + 1, crops=1, on_error="skip")
+        assert_equal(skipping[first : first + 1], rest)
     halves = [
         read(folder, last=LAST, crops=1, on_error="skip", rank=rank, world_size=2)
         for rank in range(2)
@@ -155,20 +172,41 @@ def test_verify_finds_it_beforehand(case: tuple[Path, str, object]) -> None:
     assert problems and all("shard-000001.tar" in problem for problem in problems)
 
 
-def test_what_is_skipped_is_reported(sharded: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for path in sharded.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+@pytest.mark.parametrize("crops", [1, 2])
+def test_what_is_skipped_is_reported_once_an_epoch(
+    sharded: Path, tmp_path: Path, crops: int
+) -> None:
+    folder = copy_with_marks(sharded, tmp_path / "damaged", most=6)
     tar = folder / "shard-000001.tar"
     bad = [sample.key for sample in samples(tar)[:3]]
     for key in bad:
         rewrite(tar, key, webp=b"RIFF nonsense", json=b"{}")
-    batches = read_batches(folder, last=22, num_workers=2, on_error="skip")
+    last = 22 * crops
+    options = {"crops": crops, "on_error": "skip", "num_workers": 2}
+    batches = read_batches(folder, last=last, **options)
     messages = [message for batch in batches for message in batch.skipped]
     assert messages and all("no picture" in message for message in messages)
     named = {key for key in bad for message in messages if f"sample {key} " in message}
-    assert named <= set(bad) and len(messages) == len(named), "each once an epoch"
+    assert named <= set(bad) and len(messages) == len(named)
+    for stop in range(1, last, 3):  # a run that was stopped counts none twice
+        parts = read_batches(folder, last=stop, **options)
+        parts += read_batches(folder, first=stop, last=last, **options)
+        assert [part.skipped for part in parts] == [batch.skipped for batch in batches]
+
+
+def test_more_samples_than_the_index_has_are_noticed(sharded: Path, tmp_path: Path) -> None:
+    """The last samples of a stretch are two where the index has one."""
+    index = shards.read_index(str(sharded))
+    shard = index.shards[1]
+    coarse = shards.mark(shard, shard.marks[:4] + shard.marks[5:], most=6)
+    coarse = dataclasses.replace(coarse, count=shard.count - 1)
+    found = dataclasses.replace(index, shards=(coarse,))
+    stretch = coarse.stretch(3)
+    read = list(shards.read_range(found, 0, 0, coarse.count, storage.DEFAULT))
+    assert len(read) == coarse.count
+    lost = [number for number, sample in enumerate(read) if not sample.key]
+    assert lost == [stretch.last - 1]
+    assert "holds more than the" in read[lost[0]].problem
 
 
 def test_nothing_usable_is_said(sharded: Path, tmp_path: Path) -> None:

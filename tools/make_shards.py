@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from sr_dist.errors import UserError, exit_on_user_error
 
+_LISTED = 20  # of what cannot be used
+
 EXAMPLE = """
 examples:
   python tools/make_shards.py --images data/images/train.txt --output data/shards
@@ -39,6 +41,14 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     if words[:1] and words[0] in ("index", "verify"):
         parser.add_argument("command", choices=("index", "verify"))
         parser.add_argument("shards", nargs="+", metavar="SHARDS")
+        if words[0] == "index":
+            parser.add_argument(
+                "--min-size",
+                type=int,
+                default=1,
+                metavar="N",
+                help="pictures with a shorter side cannot be used (default 1)",
+            )
         return parser.parse_args(words)
     if words[:1] and not words[0].startswith("-"):
         parser.error(f"unknown command {words[0]!r}; expected index, verify, or --images DIR|LIST")
@@ -99,7 +109,7 @@ def main() -> None:
     arguments = parse_arguments(words)
     with exit_on_user_error("The same command goes on where it was."):
         if getattr(arguments, "command", "") == "index":
-            index(arguments.shards)
+            index(arguments.shards, arguments.min_size)
         elif getattr(arguments, "command", "") == "verify":
             verify(arguments.shards)
         else:
@@ -178,7 +188,7 @@ def dask_workers(address: str) -> Iterator[Executor]:
             ) from None
 
 
-def index(given: list[str]) -> None:
+def index(given: list[str], min_size: int) -> None:
     from sr_dist import indexing
 
     tars: list[Path] = []
@@ -191,8 +201,13 @@ def index(given: list[str]) -> None:
             raise UserError(f"{path} does not exist; expected a tar or a folder of tars")
     if not tars:
         raise UserError(f"no tars in {', '.join(given)}")
-    target = indexing.index(tars, progress)
+    target, unusable = indexing.index(tars, progress, min_size=min_size)
     print(f"{target}: {len(tars)} shard(s)")
+    if unusable:
+        print(f"{len(unusable)} sample(s) cannot be used; train with stream.on_error=skip:")
+        print("\n".join(f"  {each}" for each in unusable[:_LISTED]))
+        if len(unusable) > _LISTED:
+            print(f"  … and {len(unusable) - _LISTED} more")
 
 
 def verify(given: list[str]) -> None:
