@@ -78,16 +78,20 @@ class Stream:
     on_error: str = setting(
         "stop",
         "a sample that cannot be used: stop ends the run and names it; skip takes another in its "
-        "place and counts it",
+        "place and counts it (never for a fault of the network or the disk)",
         choices=("stop", "skip"),
     )
     attempts: int = setting(6, "to get a piece of a remote shard, in a row", minimum=1)
-    timeout: float = setting(30.0, "to connect, and without a byte, seconds", above=0)
+    timeout: float = setting(
+        30.0, "to connect, and without a byte, seconds; over http(s) and s3", above=0
+    )
     cache_dir: str | None = setting(
         None, "folder that keeps remote shards, so that later epochs read them there", path=True
     )
     cache_bytes: int = setting(
-        50 * 10**9, "of the shards kept; the least recently used make room", minimum=1
+        50 * 10**9,
+        "of the shards kept, beside those being fetched; the least recently used make room",
+        minimum=1,
     )
 
 

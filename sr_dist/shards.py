@@ -185,7 +185,8 @@ def _parse_shard(values: Any) -> Shard:
     if marks and not (
         list(marks) == sorted(set(marks))
         and marks[-1] < shard.bytes
-        and len(marks) == -(-shard.count // max(1, shard.mark_every))
+        and shard.mark_every > 0
+        and len(marks) == -(-shard.count // shard.mark_every)
     ):
         raise ValueError(f"the marks of {name} do not fit its {shard.count} samples")
     return shard

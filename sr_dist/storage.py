@@ -197,9 +197,12 @@ class _Remote(io.RawIOBase):
 
         try:
             data = _attempt(self.address, self.settings, start, fetch)
-        except Unreadable:
+        except Unreadable as error:
             # No fault of the way, if the file is shorter than the index says.
-            size = size_of(self.address, self.settings)
+            try:
+                size = size_of(self.address, dataclasses.replace(self.settings, attempts=1))
+            except OSError:
+                raise error from None
             if size >= min(self.size, start + wanted):
                 raise
             self.size = _found_shorter[self.address] = size

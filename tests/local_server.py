@@ -46,6 +46,10 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.active -= 1
 
+    def do_HEAD(self) -> None:
+        size = self.server.sizes.get(self.path)
+        self.start(404 if size is None else 200, {"Content-Length": size or 0})
+
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.do_GET()
@@ -61,7 +65,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """`server.replies[path]`: what is answered, one after the other; the last for ever."""
+    """`server.replies[path]`: what is answered, one after the other; the last for ever.
+
+    `server.sizes[path]`: what a HEAD request is told.
+    """
 
     daemon_threads = True
 
@@ -69,6 +76,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.lock = threading.Lock()
         self.replies: dict[str, list[Reply]] = {}
+        self.sizes: dict[str, int] = {}
         self.requests: list[Request] = []
         self.active = self.most_active = self.connections = 0
 

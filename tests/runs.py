@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,14 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(gan, "training_step", stopping)
 
 
-def train_on_two(recipe: Path, *overrides: str) -> None:
+def train_on_two(recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     done = run(
         *("accelerate", "launch", "--config_file", TWO_PROCESSES, REPOSITORY / "launch/train.py"),
         *("--config", recipe, *overrides),
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    return done
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from tests.runs import (
     stop_at,
     train_on_two,
 )
+from tests.streams import read_batches
 
 
 @pytest.mark.parametrize("stopped_at", [3, 19, 22, 31], ids=lambda step: f"step {step}")
@@ -385,3 +387,33 @@ def test_ranks_that_would_start_apart_are_told_so(recipe: Path, tmp_path: Path) 
     )
     assert done.returncode != 0
     assert "must lie on storage that all machines share" in done.stderr
+
+
+@pytest.mark.multiprocess
+def test_skipped_samples_are_counted_once_through_a_stop_and_on_any_number_of_processes(
+    recipe: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = Path(shutil.copytree(sharded, tmp_path / "damaged"))
+    for tar in damaged.glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        for sample in list(shards.read_samples(str(tar)))[3:20:4]:
+            data[sample.offset + 512 + len(sample.picture) // 2] ^= 1
+        tar.write_bytes(data)
+    overrides = (f"data.train={damaged}", "stream.on_error=skip")
+    options = {"last": 36, "crops": 1, "batch": 8, "seed": 0, "on_error": "skip"}
+    expected = sum(len(batch.skipped) for batch in read_batches(damaged, **options))
+    assert expected > 20
+    whole = train.run(load(recipe, *overrides))
+    assert whole is not None and whole.skipped == expected
+    assert scalars(whole.folder)["data/skipped"][-1] == (36, expected)
+
+    overrides = (*overrides, "run.name=stopped", "checkpoint.every_steps=5")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 23)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(load(recipe, *overrides))
+    done = train_on_two(recipe, *overrides)
+    assert "going on from" in done.stderr and "step 20 of 36" in done.stderr
+    assert f"{expected} samples could not be used; others took their places" in done.stdout
+    counted = scalars(tmp_path / "runs" / "stopped")["data/skipped"]
+    assert counted == scalars(whole.folder)["data/skipped"]

@@ -12,10 +12,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sr_dist import images, indexing, shard_writer, shards, storage, tars
+from sr_dist import images, indexing, shard_writer, shards, storage, stream, tars
 from sr_dist.errors import UserError
 from sr_dist.shard_writer import Options
 from tests.helpers import contents
+from tests.streams import read, read_batches
 
 
 def write(source: Path, output: Path, workers: int = 1, strict: bool = False, **options: object):
@@ -248,13 +249,51 @@ def test_foreign_tars_can_be_indexed(photographs: Path, tmp_path: Path) -> None:
             picture = images.encode(images.decode(path, 3), "jpeg")
             tar.write({"__key__": f"{number:09d}", "jpg": picture, "txt": b"a", "json": b"{}"})
         tar.write({"__key__": "000000009", "json": b'{"status": "failed"}', "txt": b"b"})
-    target = indexing.index([tmp_path / "00000.tar"])
+    target, unusable = indexing.index([tmp_path / "00000.tar"])
+    assert unusable == []
     index = shards.read_index(str(tmp_path))
     assert target == tmp_path / "index.json"
     assert (index.samples, index.smallest_side, index.channels) == (3, 300, 3)
     assert indexing.verify(str(tmp_path)) == []
     with pytest.raises(UserError, match="exists already"):
         indexing.index([tmp_path / "00000.tar"])
+
+
+def test_pictures_that_cannot_be_used_are_told_and_indexed_all_the_same(
+    photographs: Path, tmp_path: Path
+) -> None:
+    coffee = images.decode(photographs / "coffee.png", 3)
+    tall = coffee[:90, :300].copy()
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
+        tar.write({"__key__": "0", "png": images.encode(coffee, "png")})
+        tar.write({"__key__": "1", "jpg": b"an error page"})
+        tar.write({"__key__": "2", "png": images.encode(tall, "png")})
+        tar.write({"__key__": "3", "a.png": b"", "b.png": b""})
+    target, unusable = indexing.index([tmp_path / "a.tar"], min_size=96)
+    index = shards.read_index(str(target))
+    assert (index.samples, index.smallest_side) == (4, 400)
+    assert [problem.partition("a.tar: ")[2] for problem in unusable] == [
+        "sample 1 no picture: of no known format, or its header is damaged",
+        "sample 2 is 300x90 pixels; expected 96 on a side",
+        "sample 3 has several pictures (a.png, b.png), and nothing says which one to take",
+    ]
+    with pytest.raises(stream.DataError, match="sample 1 no picture|sample 2 is 300x90|sample 3"):
+        read(tmp_path, last=2, batch=2, crops=1)
+    batches = read_batches(tmp_path, last=2, batch=2, crops=1, crop_size=96, on_error="skip")
+    assert len(batches) == 2 and sum(len(batch.skipped) for batch in batches) == 3
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match="no sample with a usable picture in 1 tars; first: .*0 is"):
+        indexing.index([tmp_path / "a.tar"], min_size=1000)
+
+
+def test_what_an_encoding_cannot_hold_is_rejected(tmp_path: Path) -> None:
+    images.save(np.zeros((96, 16384, 3), np.uint8), tmp_path / "in" / "long.png")
+    images.save(np.zeros((96, 16383, 3), np.uint8), tmp_path / "in" / "most.png")
+    result = write(tmp_path / "in", tmp_path / "out", tile=0)
+    assert (result.samples, result.rejects) == (1, 1)
+    reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
+    assert reject["reason"] == "is 16384x96 pixels; webp holds 16383 on a side"
+    assert write(tmp_path / "in", tmp_path / "png", tile=0, encode="png").samples == 2
 
 
 def test_verify_finds_all_kinds_of_damage(sharded: Path, tmp_path: Path) -> None:

@@ -214,20 +214,23 @@ def test_marks_say_where_samples_begin(sharded: Path) -> None:
     for number, shard in enumerate(found.shards):
         samples = list(shards.read_samples(found.address(number)))
         assert shard.mark_every == 1 and shard.marks == tuple(s.offset for s in samples)
-        for start in (0, 1, len(samples) - 1):
-            offset, first = shard.mark_before(start)
-            assert first == start
-            later = list(shards.read_samples(found.address(number), offset=offset))
-            assert later == samples[start:]
-        passed = list(shards.read_samples(found.address(number), passed_over=3))
-        assert [s.picture for s in passed[:4]] == [b"", b"", b"", samples[3].picture]
+        for most in (100, 6, 1):
+            described = shards.mark(shard, shard.marks, most)
+            held = dataclasses.replace(found, shards=(described,))
+            for start in (0, 1, 7, len(samples) - 1):
+                later = shards.read_range(held, 0, start, len(samples), storage.DEFAULT)
+                assert list(later) == samples[start:]
+            some = shards.read_range(held, 0, 3, 9, storage.DEFAULT)
+            assert list(some) == samples[3:9]
 
 
 def test_marks_are_few() -> None:
     shard = shards.Shard("a.tar", 1000, 10**6, "0")
     marked = shards.mark(shard, range(0, 10**6, 1000))
     assert (marked.mark_every, len(marked.marks)) == (16, 63)
-    assert marked.mark_before(999) == (992_000, 992) and marked.mark_before(15) == (0, 0)
+    assert marked.stretch(999) == shards.Stretch(992, 1000, 992_000, None)
+    assert marked.stretch(15) == shards.Stretch(0, 16, 0, 16_000)
+    assert shard.stretch(999) == shards.Stretch(0, 1000, 0, None)
     many = json.loads(shards.index_text(3, 9, [marked] * 10_000, {}))["shards"]
     assert sum(len(shard["marks"]) for shard in many) <= 200_000
     assert (many[0]["mark_every"], many[0]["marks"][1]) == (64, 64_000)
@@ -251,6 +254,12 @@ def test_an_index_that_leads_elsewhere_is_refused(sharded: Path, tmp_path: Path)
         {"bytes": 2**70},
         {"marks": ["x"]},
         {"mark_every": 0},
+        {"marks": [512, 0]},
+        {"marks": [0]},
+        {"name": "shard-000000.tar"},
+        {"name": "a\nb.tar"},
+        {"name": "a?b.tar"},
+        {"count": 2**61},
         {"count": True},
         {"sha256": None},
         {"extra": 1},

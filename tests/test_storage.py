@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from sr_dist.errors import UserError
 from tests import local_server
 from tests.helpers import free_port
 from tests.local_server import Reply, Server, data, silent, status
-from tests.streams import assert_equal, read
+from tests.streams import assert_equal, read, read_batches
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed")
 
@@ -71,14 +73,14 @@ FAULTS: dict[str, list[Reply]] = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda name: name.replace(" ", "-"))
 def test_faults_that_pass(server: Server, fault: str) -> None:
-    body = os.urandom(100_000)
+    body = os.urandom(60_000)
     address = server.serve("/a.tar", *FAULTS[fault], data(body))
     with storage.open_file(address, QUICK, size=len(body)) as file:
         assert file.read() == body
     assert len(server.asked("/a.tar")) == len(FAULTS[fault]) + 1
 
 
-def test_a_cut_connection_goes_on_at_the_byte_it_had_got_to(
+def test_a_cut_connection_goes_on_behind_the_last_block_that_came(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "_BLOCK_BYTES", 30_000)
@@ -88,6 +90,34 @@ def test_a_cut_connection_goes_on_at_the_byte_it_had_got_to(
         assert b"".join(iter(lambda: file.read(7_000), b"")) == body
     asked = [request.headers["Range"] for request in server.asked("/a.tar")]
     assert asked[:3] == ["bytes=0-29999", "bytes=30000-59999", "bytes=30000-59999"]
+
+
+def test_connections_that_never_last_bring_the_file_all_the_same(server: Server) -> None:
+    """Each is cut after 200,000 bytes: of a block of two million none would ever come."""
+    body = os.urandom(3_000_000)
+    address = server.serve("/a.tar", data(body, sent=200_000))
+
+    def brief(handler: local_server.Handler) -> None:
+        begin, _, final = handler.headers["Range"].removeprefix("bytes=").partition("-")
+        first, end = int(begin), min(int(final) + 1, len(body))
+        span = f"bytes {first}-{end - 1}/{len(body)}"
+        handler.start(206, {"Content-Length": end - first, "Content-Range": span})
+        handler.wfile.write(body[first : min(end, first + 200_000)])
+        handler.close_connection = True
+
+    server.serve("/a.tar", brief)
+    patient = storage.Settings(attempts=8, timeout=5)
+    with storage.open_file(address, patient, size=len(body)) as file:
+        assert file.read() == body
+
+
+def test_a_server_that_trickles_is_left(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_SLOWEST", 2)
+    address = server.serve("/a.tar", local_server.endless(pause=0.1, piece=b"x"))
+    began = time.monotonic()
+    with pytest.raises(OSError, match="cannot be read at byte 0 after 2 attempts"):
+        storage.open_file(address, storage.Settings(attempts=2, timeout=0.5), size=9999).read()
+    assert time.monotonic() - began < 8
 
 
 def test_a_wrong_length_is_a_fault(server: Server) -> None:
@@ -101,6 +131,7 @@ def test_a_wrong_length_is_a_fault(server: Server) -> None:
     with storage.open_file(address, QUICK, size=1000) as file:
         assert file.read() == body
     server.serve("/b.tar", short)
+    server.sizes["/b.tar"] = 1000
     with pytest.raises(OSError, match=r"b.tar cannot be read at byte 0 after 4 attempts: 600 of"):
         storage.open_file(server.address("/b.tar"), QUICK, size=1000).read()
 
@@ -147,16 +178,71 @@ def test_the_cache_makes_the_second_epoch_local(
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-def test_the_cache_believes_no_other_bytes(server: Server, sharded: Path, tmp_path: Path) -> None:
+def served(server: Server, folder: Path) -> str:
+    """Like `serve`, with sizes."""
+    for path in folder.iterdir():
+        server.sizes[f"/s/{path.name}"] = path.stat().st_size
+    return serve(server, folder)
+
+
+@pytest.mark.parametrize("kind", ["shorter", "altered", "gone"])
+@pytest.mark.parametrize("cached", [False, True], ids=["direct", "cached"])
+def test_damage_is_the_same_from_afar(
+    server: Server, sharded: Path, tmp_path: Path, kind: str, cached: bool
+) -> None:
+    """What is skipped of a damaged shard does not depend on where it lies, nor on the cache."""
+    folder = Path(shutil.copytree(sharded, tmp_path / "local"))
+    victim = folder / "shard-000001.tar"
+    if kind == "shorter":
+        victim.write_bytes(victim.read_bytes()[:-60_000])
+    elif kind == "altered":
+        altered = bytearray(victim.read_bytes())
+        altered[70_000:70_600] = bytes(600)
+        victim.write_bytes(altered)
+    else:
+        victim.unlink()
+    address = served(server, folder)
+    reading = storage.Settings(
+        attempts=2, timeout=5, cache_dir=str(tmp_path / "cache") if cached else None
+    )
+    options = {"last": 22, "crops": 1, "on_error": "skip"}
+    local, far = read_batches(folder, **options), read_batches(address, settings=reading, **options)
+    assert_equal([batch[:2] for batch in local], [batch[:2] for batch in far])
+    skipped = [[len(batch.skipped) for batch in batches] for batches in (local, far)]
+    assert skipped[0] == skipped[1] and sum(skipped[0]) > 0
+    if cached:
+        assert len(list((tmp_path / "cache").glob("*.tar"))) == 2, "the damaged one is not kept"
+    with pytest.raises(stream.DataError, match="shard-000001.tar"):
+        read(address, last=22, crops=1, settings=reading)
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(
+    server: Server, sharded: Path, tmp_path: Path
+) -> None:
     address = serve(server, sharded)
-    cached = storage.Settings(attempts=2, timeout=2, cache_dir=str(tmp_path / "cache"))
-    for path in sharded.glob("*.tar"):
-        changed = bytearray(path.read_bytes())
-        changed[-700] ^= 1
-        server.serve(f"/s/{path.name}", data(bytes(changed)))
-    with pytest.raises(stream.DataError, match=r"bytes with sha256 \w+…, the index says"):
+    cached = storage.Settings(cache_dir=str(tmp_path))
+    (tmp_path / ("0" * 32 + ".part")).write_bytes(b"half")
+    held = tmp_path / ("1" * 32 + ".part")
+    held.write_bytes(b"of a process that lives")
+    with (tmp_path / ("1" * 32 + ".lock")).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         read(address, settings=cached)
-    assert not list((tmp_path / "cache").glob("*.tar"))
+    assert list(tmp_path.glob("*.part")) == [held]
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:hush@h/s", "http://h/s"),
+        ("https://h/s?token=hush", "https://h/s"),
+        ("s3://key:hush@bucket/s", "s3://bucket/s"),
+    ],
+)
+def test_secrets_in_addresses_are_refused_and_not_printed(address: str, shown: str) -> None:
+    for read_it in (shards.read_index, storage.open_file, storage.read_bytes, storage.size_of):
+        with pytest.raises(UserError, match="expected an address without user") as refused:
+            read_it(address)
+        assert shown in str(refused.value) and "hush" not in str(refused.value)
 
 
 def test_the_cache_keeps_to_its_size(server: Server, sharded: Path, tmp_path: Path) -> None:
@@ -184,8 +270,11 @@ def test_the_cache_keeps_to_its_size(server: Server, sharded: Path, tmp_path: Pa
     use(1)
     assert len(server.requests) > asked
     small = storage.Settings(cache_dir=str(folder), cache_bytes=sizes[0] - 1)
+    message = f"cache_bytes is {sizes[0] - 1}, but .* has {max(sizes)}"
     with pytest.raises(UserError, match=f"cache_bytes is {sizes[0] - 1}, but .* has {sizes[0]}"):
         storage.open_file(index.address(0), small, size=sizes[0], sha256=index.shards[0].sha256)
+    with pytest.raises(UserError, match=message):  # before a run begins
+        shards.check_files(index, small)
 
 
 def _use_all(address: str, folder: str, order: list[int]) -> int:
@@ -279,10 +368,37 @@ def test_shards_in_s3(bucket: str, sharded: Path, tmp_path: Path) -> None:
     local = read(sharded, last=12)
     assert_equal(local, read(bucket, last=12))
     assert_equal(local, read(f"{bucket}/index.json", last=12, num_workers=2))
-    cached = storage.Settings(cache_dir=str(tmp_path))
+    cached = storage.Settings(cache_dir=str(tmp_path / "cache"))
     assert_equal(local, read(bucket, last=12, settings=cached))
     with pytest.raises(UserError, match="no shards at s3://pictures/none"):
         shards.read_index("s3://pictures/none")
+
+
+def test_damage_in_s3_is_that_on_the_disk(bucket: str, sharded: Path, tmp_path: Path) -> None:
+    import s3fs
+
+    folder = Path(shutil.copytree(sharded, tmp_path / "local"))
+    victim = folder / "shard-000001.tar"
+    victim.write_bytes(victim.read_bytes()[:-60_000])
+    for path in folder.iterdir():
+        s3fs.S3FileSystem(skip_instance_cache=True).put_file(str(path), f"pictures/cut/{path.name}")
+    options = {"last": 22, "crops": 1, "on_error": "skip"}
+    far = read("s3://pictures/cut", settings=storage.Settings(attempts=2), **options)
+    assert_equal(read(folder, **options), far)
+
+
+def test_attempts_are_ours_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of s3fs and of botocore would multiply them."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.address(""))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    server.serve("/none/a.tar", status(503))
+    with pytest.raises(OSError, match="after 3 attempts"):
+        storage.open_file(
+            "s3://none/a.tar", storage.Settings(attempts=3, timeout=2), size=100
+        ).read()
+    assert len(server.asked("/none/a.tar")) == 3 + 1, "the last one asks whether it is shorter"
 
 
 def flaky(body: bytes, seed: int, share: float = 0.2) -> Reply:

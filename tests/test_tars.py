@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import os
 import tarfile
 import zlib
 
@@ -27,7 +29,7 @@ def made(files: Files, **options: object) -> bytes:
 
 
 def read(data: bytes) -> Files:
-    return [(member.name, member.read(10**9)) for member in tars.read_members(io.BytesIO(data))]
+    return [(member.name, member.read()) for member in tars.read_members(io.BytesIO(data))]
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=150)
@@ -47,14 +49,14 @@ def test_reads_what_the_standard_library_writes(files: Files, form: int) -> None
     for number, member in enumerate(members):
         file = io.BytesIO(data)
         file.seek(member.offset)
-        assert next(tars.read_members(file)).read(10**9) == files[number][1]
+        assert next(tars.read_members(file)).read() == files[number][1]
 
 
 def test_folders_are_passed_over() -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         folder = tarfile.TarInfo("deep")
-        folder.type = tarfile.DIRTYPE
+        folder.type, folder.size = tarfile.DIRTYPE, 700  # a size that means nothing
         tar.addfile(folder)
         info = tarfile.TarInfo("deep/a.png")
         info.size = 3
@@ -119,7 +121,6 @@ def test_samples_are_neighbours_of_one_key() -> None:
             ("__meta__", b"no sample"),
             ("x/1.jpg", b"one"),
             ("x/1.txt", b"words"),
-            ("x/1.png", b"other"),
             ("x/2.seg.webp", b"two"),
             ("x/2.json", crc),
             ("x/3.json", b"[1"),
@@ -132,7 +133,7 @@ def test_samples_are_neighbours_of_one_key() -> None:
     )
     found = list(tars.read_samples(io.BytesIO(data)))
     assert [(s.key, s.ending, s.picture) for s in found] == [
-        ("x/1", "png", b"other"),
+        ("x/1", "jpg", b"one"),
         ("x/2", "seg.webp", b"two"),
         ("x/4", "PNG", b"four"),
         ("x/5", "webp", b"five"),
@@ -142,6 +143,46 @@ def test_samples_are_neighbours_of_one_key() -> None:
     passed = list(tars.read_samples(io.BytesIO(data), passed_over=2))
     assert [s.picture for s in passed] == [b"", b"", b"four", b"five"]
     assert [s.offset for s in passed] == [s.offset for s in found]
+
+
+def test_reading_ends_where_a_member_begins() -> None:
+    data = made([("1.png", b"one"), ("1.txt", b""), ("2.png", b"two"), ("3.png", b"three")])
+    offsets = [member.offset for member in tars.read_members(io.BytesIO(data))]
+
+    def keys(end: int, start: int = 0) -> list[str]:
+        file = io.BytesIO(data)
+        file.seek(start)
+        return [sample.key for sample in tars.read_samples(file, end=end)]
+
+    assert keys(offsets[2]) == ["1"] and keys(offsets[3], offsets[2]) == ["2"]
+    assert keys(offsets[2], offsets[2]) == []
+    with pytest.raises(tars.DamagedTar, match=f"no member begins at byte {offsets[2] - 1}"):
+        keys(offsets[2] - 1)
+    with pytest.raises(tars.DamagedTar, match="it ends at byte 3584, before byte 9999"):
+        keys(9999)
+
+
+def test_several_pictures_of_a_sample_are_no_picture() -> None:
+    data = made([("1.hr.png", b"a"), ("1.lr.png", b"b"), ("2.jpg", b"c"), ("2.webp", b"d")])
+    problems = [sample.problem for sample in tars.read_samples(io.BytesIO(data))]
+    assert problems[0] == (
+        "has several pictures (hr.png, lr.png), and nothing says which one to take"
+    )
+    assert problems[1].startswith("has several pictures (jpg, webp)")
+
+
+def test_what_is_too_large_is_so_for_all() -> None:
+    """Also for who passes it over, so that what is lost does not depend on who reads."""
+    info = tarfile.TarInfo("1.png")
+    info.size = 2**30
+    for passed_over in (0, 5):
+        with pytest.raises(tars.DamagedTar, match="1.png has 1073741824 bytes; at most 536870912"):
+            list(tars.read_samples(io.BytesIO(info.tobuf()), passed_over=passed_over))
+
+
+def test_a_packed_tar_is_told_to_be_one() -> None:
+    with pytest.raises(tars.DamagedTar, match="it is packed with gzip: unpack it"):
+        read(gzip.compress(made([("1.png", os.urandom(2000))])))
 
 
 def test_a_member_twice_is_refused() -> None:
@@ -163,6 +204,66 @@ def test_changed_bytes_are_refused_or_read_and_nothing_else(data: st.DataObject)
         list(tars.read_samples(io.BytesIO(bytes(whole))))
     except tars.DamagedTar:
         pass
+
+
+def checked(header: bytes) -> bytes:
+    """The header with the checksum that fits."""
+    blank = header[:148] + b" " * 8 + header[156:]
+    return blank[:148] + b"%06o\0 " % sum(blank) + blank[156:]
+
+
+sizes = st.one_of(
+    st.binary(min_size=12, max_size=12),
+    st.integers(0, 2**88 - 1).map(lambda size: b"\x80" + size.to_bytes(11, "big")),
+    st.integers(-(2**80), -1).map(lambda size: b"\xff" + (256**11 + size).to_bytes(11, "big")),
+    st.integers(0, 5000).map(lambda size: b"%011o\0" % size),
+)
+extensions = st.one_of(
+    st.binary(max_size=600),
+    st.sampled_from([b"0", b"7", b"-1", b"9" * 25, b"9" * 6000, b"x"]).map(
+        lambda size: pax(b"size", size)
+    ),
+    st.binary(max_size=200).map(lambda name: pax(b"path", name)),
+)
+
+
+def pax(key: bytes, value: bytes) -> bytes:
+    """A line of an extended header, which begins with its own length."""
+    rest = b" " + key + b"=" + value + b"\n"
+    length = len(rest)
+    while length != len(rest) + len(str(length)):
+        length = len(rest) + len(str(length))
+    return b"%d" % length + rest
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([b"0", b"\0", b"x", b"g", b"L", b"K", b"5", b"2", b"S", b"7"]),
+            sizes,
+            extensions,
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 3),
+)
+def test_headers_that_lie_are_refused_or_read_and_nothing_else(
+    headers: list[tuple[bytes, bytes, bytes]], end: int
+) -> None:
+    data = b""
+    for number, (kind, size, content) in enumerate(headers):
+        name = tarfile.TarInfo(f"{number // 2}.{('png', 'json')[number % 2]}").tobuf()
+        if kind in b"xg":
+            size = b"%011o\0" % len(content)
+        data += checked(name[:124] + size + name[136:156] + kind + name[157:])
+        data += content + bytes(-len(content) % 512)
+    for place in (None, end * 512):
+        try:
+            list(tars.read_samples(io.BytesIO(data + bytes(1024)), end=place))
+        except tars.DamagedTar:
+            pass
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from sr_dist import (
 )
 from sr_dist.errors import UserError
 from tests.helpers import REPOSITORY, refuse, run, succeed
+from tests.local_server import Server, data, status
 from tests.runs import (
     ONE_PROCESS,
     TWO_PROCESSES,
@@ -408,6 +409,34 @@ def test_two_processes_train_the_run_of_one(recipe: Path, tmp_path: Path) -> Non
             torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=name)
     a, b = rows(tmp_path / "runs/one"), rows(tmp_path / "runs/two")
     assert float(a[0]["Loss_G"]) == pytest.approx(float(b[0]["Loss_G"]), rel=1e-4)
+
+
+def test_shards_from_afar_are_read_as_configured(
+    recipe: Path,
+    sharded: Path,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Attempts, and the cache that a server without ranges needs; validation shards too."""
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
+    for path in sharded.iterdir():
+        server.serve(f"/s/{path.name}", data(path.read_bytes(), ranges=False))
+        server.sizes[f"/s/{path.name}"] = path.stat().st_size
+    address = server.address("/s")
+    overrides = [f"data.train={address}", f"data.validation={address}", "train.epochs=1"]
+    overrides += [f"stream.cache_dir={tmp_path}/cache", "stream.attempts=3"]
+    index = server.replies["/s/index.json"]
+    server.replies["/s/index.json"] = [status(503), status(503), *index]
+    result = train.run(load(recipe, *overrides))
+    assert result is not None and len(result.means) == 2
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 3
+    server.replies["/s/index.json"] = [status(503)] * 3 + index
+    with pytest.raises(UserError, match=r"index.json cannot be read at byte 0 after 3 attempts"):
+        train.run(load(recipe, *overrides, "run.name=other"))
+    with pytest.raises(UserError, match="stream.cache_bytes is 9, but shard-"):
+        train.run(load(recipe, *overrides, "run.name=other", "stream.cache_bytes=9"))
 
 
 @pytest.mark.multiprocess
