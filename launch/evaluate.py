@@ -104,17 +104,27 @@ def main() -> None:
                 )
             channels[path] = description["channels"]
             generator.to(device=device, memory_format=torch.channels_last)
-            name = evaluate.unused_name(path.name.removesuffix(".pth.tar"), upscalers)
+            own = path.resolve().name.removesuffix(".pth.tar")
+            name = evaluate.unused_name(own, {*upscalers, "LR", "HR"})
             upscalers[name] = evaluate.learned(generator, scale=scale, tile=arguments.tile)
         if len(set(channels.values())) > 1:
             listing = ", ".join(f"{path} has {number}" for path, number in channels.items())
             raise UserError(
                 f"models of different numbers of channels cannot be compared: {listing}"
             )
+        gray = evaluate.is_gray(arguments.data)
+        wanted = next(iter(channels.values()), 1 if gray else 3)
+        if gray and wanted == 3:
+            raise UserError(
+                f"{arguments.data} holds gray pictures alone, and {next(iter(channels))} was made "
+                "for colour; measure a model with data.channels 1"
+            )
+        if not gray and wanted == 1:
+            logging.info("the model is of one channel: colour pictures are measured as luma")
         data = {
             "data": arguments.data,
             "scale": scale,
-            "channels": next(iter(channels.values()), 3),
+            "channels": wanted,
             "lr_folder": arguments.lr,
             "bits": arguments.bits,
         }

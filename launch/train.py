@@ -78,9 +78,11 @@ def print_summary(result: "train.Result") -> None:  # noqa: F821
         f"\nPSNR and SSIM on the validation pictures (colour {protocol['colour']}, border "
         f"{protocol['border']}, range {protocol['data_range']}, SSIM {protocol['ssim']})"
     )
-    print(f"  {'':10} {'PSNR dB':>8} {'SSIM':>7}")
+    perceived = result.means[0].lpips is not None
+    print(f"  {'':10} {'PSNR dB':>8} {'SSIM':>7}" + f" {'LPIPS':>7}" * perceived)
     for mean in result.means:
-        print(f"  {mean.upscaler:10} {mean.psnr:8.3f} {mean.ssim:7.4f}")
+        lpips = f" {mean.lpips:7.4f}" if perceived else ""
+        print(f"  {mean.upscaler:10} {mean.psnr:8.3f} {mean.ssim:7.4f}{lpips}")
     if result.skipped:
         print(f"\n{result.skipped} samples could not be used; others took their places")
     print(f"\nRun folder: {result.folder}")

@@ -13,8 +13,8 @@ example:
   python launch/upscale.py --checkpoint runs/quickstart --input photo.jpg holiday/ --output out/
 
 Each picture becomes NAME.png in the output folder; folders keep their structure. Gray stays gray,
-and alpha stays. A picture that cannot be used is reported at the end (exit status 2); the others
-are done all the same.
+and alpha stays; results have 8 bits a channel. A picture that cannot be used is reported at the end
+(exit status 2); the others are done all the same.
 """
 
 

@@ -8,6 +8,7 @@ module; everything else takes plain arguments.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,9 @@ class Run:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Degradation:
     blur_sigma: tuple[float, float] = setting(
-        (0.0, 0.0), "Gaussian blur before downscaling: range of its sigma, HR pixels", minimum=0
+        (0.0, 0.0),
+        "Gaussian blur before downscaling, of training crops alone: range of its sigma, HR pixels",
+        minimum=0,
     )
     noise_sigma: tuple[float, float] = setting(
         (0.0, 0.0), "Gaussian noise after downscaling: range of its sigma, levels of 255", minimum=0
@@ -127,7 +130,7 @@ class Discriminator:
         choices=("linear", "gap"),
     )
     spectral_norm: bool = setting(
-        False, "divide every layer's weights by their largest singular value; goes with unet"
+        False, "divide every layer's weights by their largest singular value; unet always does"
     )
 
 
@@ -173,7 +176,7 @@ class Adversarial:
     kind: str = setting(
         "linear",
         "linear: 1 - sigmoid(D), as published; bce: non-saturating cross-entropy, as SRGAN; "
-        "least_squares; hinge; relativistic_average, as ESRGAN",
+        "least_squares; hinge; relativistic_average, as ESRGAN: averages of each process's part",
         choices=("linear", "bce", "least_squares", "hinge", "relativistic_average"),
     )
     label_smoothing: float = setting(
@@ -238,7 +241,10 @@ class Train:
         0, "crops after the warm-up over which the adversarial weight rises from 0", minimum=0
     )
     accumulation_steps: int = setting(
-        1, "parts that each rank's share of a batch is computed in, to save memory", minimum=1
+        1,
+        "parts that each rank's share of a batch is computed in, to save memory; BatchNorm "
+        "then sees the parts",
+        minimum=1,
     )
     start_from: str | None = setting(
         None,
@@ -370,6 +376,12 @@ def _contradictions(config: Config) -> list[str]:
             problems.append(
                 f"data.degradation.{name}: expected the lower end first, found [{low}, {high}]"
             )
+    blur = config.data.degradation.blur_sigma[1]
+    if math.ceil(3 * blur) >= config.data.crop_size:
+        problems.append(
+            f"data.degradation.blur_sigma: {blur} reaches further than data.crop_size "
+            f"({config.data.crop_size}); use less than a third of it"
+        )
     if config.loss.adversarial.weight > 0 and config.data.crop_size < 32:
         problems.append(
             f"data.crop_size: {config.data.crop_size} is too small for the discriminator; use 32 "
@@ -394,6 +406,15 @@ def _contradictions(config: Config) -> list[str]:
                 f"optimizer.{name}.milestones: expected rising numbers, found "
                 f"{list(adamw.milestones)}"
             )
+    if (
+        config.train.accumulation_steps > 1
+        and config.loss.adversarial.weight > 0
+        and config.loss.adversarial.kind == "relativistic_average"
+    ):
+        problems.append(
+            "train.accumulation_steps: relativistic_average compares with the average of the "
+            "batch, which its parts do not know; use 1"
+        )
     if config.train.global_batch_size % config.train.accumulation_steps:
         problems.append(
             f"train.accumulation_steps: {config.train.accumulation_steps} does not divide "

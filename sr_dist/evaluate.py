@@ -104,6 +104,21 @@ def read_pairs(
         yield Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr))
 
 
+def is_gray(data: str, reading: storage.Settings = storage.DEFAULT) -> bool:
+    """Whether all pictures of `data` (see `read_pairs`) have one channel.
+
+    Raises:
+        UserError: nothing is there, or a picture cannot be used.
+    """
+    for name, source in _sources(data, reading):
+        try:
+            if images.own_channels(source) == 3:
+                return False
+        except images.PictureError as error:
+            raise UserError(f"{data}: {name} {error}") from None
+    return True
+
+
 def check(
     data: str,
     *,

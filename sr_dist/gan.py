@@ -235,7 +235,10 @@ def discriminator_step(
             fakes = networks.wrapped_generator(lr) if sr is None else sr.detach()
         with processes.reduced(discriminator, number == len(parts) - 1):
             hr = hr.detach().requires_grad_(bool(objective.r1_weight))
-            real, fake = discriminator(hr), discriminator(fakes)
+            _move_spectral_norms(discriminator, number == 0)
+            real = discriminator(hr)
+            _move_spectral_norms(discriminator, False)
+            fake = discriminator(fakes)
             terms = {
                 "discriminator": losses.discriminator_adversarial(
                     real, fake, objective.adversarial, objective.label_smoothing
@@ -311,6 +314,16 @@ def generator_terms(
             sr, objective.total_variation
         )
     return terms
+
+
+def _move_spectral_norms(discriminator: nn.Module, move: bool) -> None:
+    """Whether the forwards that follow improve the estimates of its spectral norms.
+
+    Once a step, so that real and fake, and all parts of a batch, meet the same weights.
+    """
+    for module in discriminator.modules():
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+            module.train(move)
 
 
 def _means(parts: Sequence[Scalars]) -> Scalars:

@@ -53,6 +53,11 @@ def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         UserError: there is none, or its architecture is another.
     """
+    if not path.exists():
+        raise UserError(
+            f"train.start_from: {path} does not exist; train that run first, or name a checkpoint "
+            "or a .pth.tar file"
+        )
     state, found, where = _read(path)
     differing = [
         f"{key} {found.get(key)} instead of {description[key]}"
@@ -78,10 +83,13 @@ def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], d
         found = checkpoint.find_in(path)
         held = "ema" if found.has("ema") else "generator"
         return found.weights(held), found.meta["generator"], str(path)
+    if path.is_file() and path.suffix == model_files.SUFFIX:
+        state, description = model_files.read_file(path)
+        if (path.parent / checkpoint.META).is_file():  # which says what shapes do not
+            description = checkpoint.find_in(path.parent).meta["generator"]
+        return state, description, str(path)
     if path.is_file():
-        is_safetensors = path.suffix == model_files.SUFFIX
-        read = model_files.read_file if is_safetensors else _read_published
-        return *read(path), str(path)
+        return *_read_published(path), str(path)
     raise UserError(
         f"{path} does not exist; expected a run's folder, a checkpoint's, an exported model's, a "
         ".pth.tar or .safetensors file, or owner/name on Hugging Face"
@@ -93,6 +101,8 @@ def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise UserError(f'{path} is no generator: expected {{"model": state_dict}}')
     state = values["model"]
+    if not all(isinstance(key, str) for key in state):
+        raise UserError(f"{path} is no generator: its weights have keys that are no names")
     described = values.get(EXTRA) or {}
     if isinstance(described, dict) and "head" in described:
         raise UserError(f"{path} holds a discriminator; expected a generator (netG_…)")

@@ -7,7 +7,9 @@ reaches the device, float32 in [0, 1] there.
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import os
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 
 from sr_dist import files
 from sr_dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Picture = npt.NDArray[np.uint8]  # (H, W, C)
 DeepPicture = npt.NDArray[np.uint16]  # (H, W, 1), 16-bit gray as it is stored
@@ -34,6 +38,7 @@ CLASSICAL_METHODS = {
 # Of Pillow's readers no others: some run programs (EPS starts Ghostscript), whatever a file's name.
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # JPEG: phones' MPO as well
 _ORIENTATION = 0x0112  # EXIF tag
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF tag
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 _GRAY_MODES = ("1", "L", "LA")
 _DEEP_GRAY_MODES = ("I", "I;16", "I;16B", "I;16L")  # of Pillow; I where an older one reads a PNG
@@ -108,16 +113,20 @@ def list_pictures(source: Path) -> list[tuple[Path, str]]:
 
 
 def read_size(source: bytes | Path) -> tuple[int, int]:
-    """(height, width) after EXIF orientation. Decodes no more than that needs: PNGs, whole.
+    """(height, width) after EXIF orientation. Decodes no more than that needs: PNGs, and turned
+    TIFFs, whole.
 
     Raises:
         PictureError: the header cannot be read, or the picture is of a kind that is refused.
     """
     with _open(source) as image:
+        turned = _orientation(image) in _TRANSPOSING_ORIENTATIONS
+        if turned and image.format == "TIFF":  # whose size Pillow turns, or not, by its version
+            _load(image)
+            image = _upright(image)
+            turned = False
         width, height = image.size
-        if _orientation(image) in _TRANSPOSING_ORIENTATIONS:
-            width, height = height, width
-    return height, width
+    return (width, height) if turned else (height, width)
 
 
 def decode(source: bytes | Path, channels: int) -> Picture | DeepPicture:
@@ -154,11 +163,23 @@ def to_8_bits(picture: Picture | DeepPicture, bits: int) -> Picture:
     """
     if picture.dtype == np.uint8:
         return picture  # type: ignore[return-value]
-    white = 2**bits - 1
-    if int(picture.max()) > white:
-        raise PictureError(f"holds values up to {picture.max()}, more than {bits} bits can")
+    white, most = 2**bits - 1, int(picture.max())
+    if most > white:
+        raise PictureError(f"holds values up to {most}, more than {bits} bits can")
+    if most <= white // 4:
+        _warn_of_bits(most, bits)
     scaled: Picture = (picture * (255 / white)).round().astype(np.uint8)
     return scaled
+
+
+@functools.cache  # once is enough
+def _warn_of_bits(most: int, bits: int) -> None:
+    log.warning(
+        "a 16-bit gray picture holds values up to %d, and %d bits are taken as significant: if the "
+        "scanner gives fewer, say so with data.bits (in commands --bits), or pictures are dark",
+        most,
+        bits,
+    )
 
 
 def own_channels(source: bytes | Path) -> int:
@@ -345,8 +366,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _open(source: bytes | Path) -> Image.Image:
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        image = Image.open(file, formats=FORMATS)
+        # From memory: of a file Pillow maps turned TIFFs with their sides exchanged.
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         frames = getattr(image, "n_frames", 1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -363,6 +385,8 @@ def _open(source: bytes | Path) -> Image.Image:
             f"has more than 8 bits a channel (mode {image.mode}), which is read of gray pictures "
             "with 16 bits alone; convert it to 8 bits first"
         )
+    if deep and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise PictureError("has 16 bits a pixel of which 0 is white; convert it to black as 0")
     return image
 
 

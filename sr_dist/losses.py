@@ -236,9 +236,6 @@ def content_features(network: str, weights: str, layers: Sequence[str] = ()) -> 
         sequence = torchvision.models.mobilenet_v2(weights=None).features
     else:
         sequence = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"])
-        for module in sequence:
-            if isinstance(module, nn.ReLU):
-                module.inplace = False  # it would change the map before it, which is kept
     if weights == "none":
         log.warning("the content loss compares features of RANDOM weights: for tests only")
     else:

@@ -6,6 +6,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from sr_dist import evaluate, files, images
 
 _ZOOM_SIDE = 64  # HR pixels of the enlarged detail
 _ZOOM = 4
+_WEBP_MOST = 16383  # pixels on a side
 _METRICS = "metrics.json"
 
 Summary = dict[str, Any]
@@ -146,9 +148,7 @@ def _section(
     pair: evaluate.Pair, results: Mapping[str, images.Picture], shown: Mapping[str, images.Picture]
 ) -> str:
     """The slider over two pictures of choice, and the detail where they differ most."""
-    first, last = next(iter(results)), list(results)[-1]
-    if first == last:
-        last = "HR"
+    first, last = _furthest_apart(results) if len(results) > 1 else (next(iter(results)), "HR")
     layers = "".join(
         f'<img data-name="{html.escape(name)}" src="{_inline(picture)}" alt="{html.escape(name)}">'
         for name, picture in shown.items()
@@ -179,6 +179,16 @@ def _section(
     )
 
 
+def _furthest_apart(results: Mapping[str, images.Picture]) -> tuple[str, str]:
+    """The two results with the largest squared error between them."""
+
+    def distance(pair: tuple[str, str]) -> float:
+        a, b = (results[name].astype(np.float32) for name in pair)
+        return float(np.square(a - b).mean())
+
+    return max(itertools.combinations(results, 2), key=distance)
+
+
 def _most_different(a: images.Picture, b: images.Picture) -> tuple[int, int, int]:
     """(top, left, side) of the square of `_ZOOM_SIDE` pixels with the largest squared error."""
     error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean(axis=2)
@@ -190,11 +200,12 @@ def _most_different(a: images.Picture, b: images.Picture) -> tuple[int, int, int
 
 
 def _inline(picture: images.Picture, exact: bool = False) -> str:
+    """As a data address; WebP, or JPEG where a side is too long for that."""
+    kind = "webp" if max(picture.shape) <= _WEBP_MOST else "jpeg"
+    options = {"lossless": True, "quality": 50} if exact else {"quality": 92}
     buffer = io.BytesIO()
-    images.to_pillow(np.ascontiguousarray(picture)).save(
-        buffer, format="webp", lossless=exact, quality=92 if not exact else 50
-    )
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    images.to_pillow(np.ascontiguousarray(picture)).save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 _PAGE = """<!doctype html>

@@ -203,6 +203,12 @@ def describe(kind: type) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _in_a_line(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_in_a_line, value))}]"
+    return as_yaml(value).split("\n")[0]
+
+
 def _rows(kind: type, prefix: str) -> Iterator[str]:
     annotations = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -211,7 +217,7 @@ def _rows(kind: type, prefix: str) -> Iterator[str]:
             yield from _rows(typing.cast(type, annotation), f"{key}.")
             continue
         required = field.default is dataclasses.MISSING
-        default = "" if required else as_yaml(field.default).split("\n")[0]
+        default = "" if required else _in_a_line(field.default)
         limits = {name: field.metadata[name] for name in ("minimum", "maximum", "above", "below")}
         words = [f"{name} {limit}" for name, limit in limits.items() if limit is not None]
         meaning = field.metadata["meaning"]

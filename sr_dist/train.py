@@ -200,6 +200,8 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             batch_size,
             validation_pictures,
         )
+        for setting in _without_effect(config, total_images):
+            log.warning("without effect: %s", setting)
         if first_weights is not None:
             log.info("starting from the generator of %s", config.train.start_from)
         if start is not None:
@@ -339,6 +341,25 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     progress.close()
     tracker.close()
     return Result(folder, means, skipped.count, protocol)
+
+
+def _without_effect(config: Config, total_images: int) -> list[str]:
+    """Settings that this run will not come to use."""
+    found = []
+    train, adversarial = config.train, config.loss.adversarial
+    if not adversarial.weight:
+        found += ["loss.adversarial.r1_weight, since weight is 0"] * bool(adversarial.r1_weight)
+        found += ["train.ramp_images, since loss.adversarial.weight is 0"] * bool(train.ramp_images)
+    elif train.warmup_images >= total_images:
+        found.append(
+            f"all losses but the pixel loss: the run ends after {total_images} images, and "
+            f"train.warmup_images is {train.warmup_images}"
+        )
+    for name in ("generator", "discriminator"):
+        milestones = getattr(config.optimizer, name).milestones
+        if milestones and milestones[-1] >= total_images:
+            found.append(f"optimizer.{name}.milestones from {total_images} on, where the run ends")
+    return found
 
 
 def _changes(path: Path, config: Config) -> list[str]:

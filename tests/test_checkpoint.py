@@ -186,6 +186,16 @@ def test_files_of_others_are_read_by_their_shapes(tmp_path: Path) -> None:
     assert_same(loaded, plain)
 
 
+def test_weights_of_a_checkpoint_are_of_the_network_that_it_names(tmp_path: Path) -> None:
+    """Their shapes do not tell of the skip."""
+    saved = generator(3)
+    folder = save(tmp_path, 5, generator=saved)
+    for path in (folder, folder / "generator.safetensors"):
+        found, described = generators.load(path)
+        assert described == ARGUMENTS
+        assert_same(found, saved)
+
+
 def test_files_that_hold_no_generator(tmp_path: Path) -> None:
     path = tmp_path / "x.pth.tar"
     with pytest.raises(UserError, match="does not exist; expected a run's folder"):
@@ -195,6 +205,9 @@ def test_files_that_hold_no_generator(tmp_path: Path) -> None:
         generators.load(path)
     torch.save([1, 2], path)
     with pytest.raises(UserError, match='expected {"model": state_dict}'):
+        generators.load(path)
+    torch.save({"model": {1: torch.zeros(1)}}, path)
+    with pytest.raises(UserError, match="its weights have keys that are no names"):
         generators.load(path)
     discriminator = models.build_discriminator("swift_srgan", channels=3, head="gap")
     generators.save_published(discriminator, path, {"name": "swift_srgan", "head": "gap"})

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,52 @@ def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> 
     )
     assert "b.png no picture" in message
     assert not output.exists()
+
+
+def test_gray_pictures(
+    photographs: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Methods measure them as they are, 16 bits too; a model for colour is refused."""
+    deep = images.decode(photographs / "coffee.png", 1).astype(np.uint16) * 16
+    images.save(deep, tmp_path / "gray" / "a.png")
+    assert evaluate.is_gray(str(tmp_path / "gray")) and not evaluate.is_gray(str(photographs))
+    common = ("launch/evaluate.py", "--data", tmp_path / "gray", "--scale", 4, "--bits", 12)
+    done = succeed(*common, "--method", "bicubic", "--output", tmp_path / "out")
+    (classical,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    eight = np.rint(deep * (255 / 4095)).astype(np.uint8)
+    images.save(eight, tmp_path / "eight" / "a.png")
+    rows = evaluate.evaluate(
+        {"bicubic": evaluate.classical("bicubic", 4)},
+        read(tmp_path / "eight", channels=1),
+        colour="y",
+        border=4,
+    )
+    assert classical["psnr"] == pytest.approx(rows[0].psnr, abs=1e-4)
+    message = refuse(*common, "--checkpoint", published, "--output", tmp_path / "none")
+    assert "holds gray pictures alone, and" in message and "was made for colour" in message
+    assert not (tmp_path / "none").exists()
+
+
+def test_names_that_the_report_needs_itself(
+    photographs: Path, published: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copy(published, tmp_path / "HR.pth.tar"))
+    done = succeed(
+        *("launch/evaluate.py", "--data", photographs / "chelsea.png", "--scale", 4),
+        *("--checkpoint", other, "--output", tmp_path / "out"),
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["results"][0]["name"] == "HR 2"
+
+
+def test_report_shows_the_two_results_that_are_furthest_apart(picture: images.Picture) -> None:
+    results = {"a": picture, "b": 255 - picture, "c": picture // 2 + 60}
+    assert report._furthest_apart(results) == ("a", "b")
+
+
+def test_report_holds_pictures_too_long_for_webp() -> None:
+    long = np.zeros((4, 16384, 3), np.uint8)
+    assert report._inline(long).startswith("data:image/jpeg;base64,")
+    assert report._inline(long[:, 1:]).startswith("data:image/webp;base64,")
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,45 @@ def test_16_bit_gray_is_read_exactly(kind: str) -> None:
     assert np.array_equal(shown[..., 0], (deep / 257).round().astype(np.uint8))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_turned_tiffs(orientation: int, compression: str, tmp_path: Path) -> None:
+    """Gray, 16-bit and colour, from a file and from memory, by what the tag means."""
+    y, x = np.mgrid[0:48, 0:80]
+    stored = (x * 3 + y).astype(np.uint8)
+    turned = {  # what stands upright of what is stored: EXIF 2.32, tag 0x112
+        1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1],
+        5: stored.T, 6: stored.T[:, ::-1], 7: stored.T[::-1, ::-1], 8: stored.T[::-1],
+    }[orientation]  # fmt: skip
+    for kind in (np.uint8, np.uint16, "RGB"):
+        pixels = np.stack([stored] * 3, axis=2) if kind == "RGB" else stored.astype(kind)
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        path = tmp_path / "turned.tif"
+        Image.fromarray(pixels).save(path, compression=compression, exif=exif)
+        for source in (path, path.read_bytes()):
+            found = images.decode(source, 3 if kind == "RGB" else 1)
+            assert np.array_equal(found[..., 0], turned), f"{kind}"
+            assert images.read_size(source) == turned.shape
+
+
+def test_16_bits_whose_white_is_0_are_refused() -> None:
+    deep = np.zeros((40, 40), np.uint16)
+    data = encoded(Image.fromarray(deep), "tiff", tiffinfo={262: 0})
+    with pytest.raises(images.PictureError, match="of which 0 is white"):
+        images.decode(data, 1)
+
+
+def test_few_significant_bits_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    images._warn_of_bits.cache_clear()
+    dark = np.full((2, 2, 1), 4095, np.uint16)
+    images.to_8_bits(dark, 12)
+    assert not caplog.messages
+    images.to_8_bits(dark, 16)
+    images.to_8_bits(dark, 16)
+    assert len(caplog.messages) == 1 and "values up to 4095, and 16 bits" in caplog.messages[0]
+
+
 def test_8_bits_of_16() -> None:
     values = np.array([[[0], [4095], [2048]]], np.uint16)
     assert images.to_8_bits(values, 12).ravel().tolist() == [0, 255, 128]

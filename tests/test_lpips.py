@@ -48,6 +48,15 @@ def test_agrees_with_torchmetrics(
     )
 
 
+def test_pictures_that_are_too_small(backbone: Path) -> None:
+    distance = lpips.build(backbone, CPU)
+    random = np.random.default_rng(0)
+    least, small = (random.integers(0, 256, (side, 40, 3), np.uint8) for side in (17, 16))
+    assert distance(least, least[::-1].copy()) > 0
+    with pytest.raises(UserError, match="a picture has 40x16 pixels; LPIPS needs 17 on each side"):
+        distance(small, small)
+
+
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     with pytest.raises(UserError, match="cannot read .*x.pth: No such file"):

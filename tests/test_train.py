@@ -411,6 +411,27 @@ def test_two_processes_train_the_run_of_one(recipe: Path, tmp_path: Path) -> Non
     assert float(a[0]["Loss_G"]) == pytest.approx(float(b[0]["Loss_G"]), rel=1e-4)
 
 
+def test_settings_without_effect_are_told(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def told(*overrides: str) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            assert train.run(load(recipe, *overrides), dry=True) is None
+        return [m.removeprefix("without effect: ") for m in caplog.messages if "effect" in m]
+
+    assert told() == []
+    assert told("train.warmup_images=288") == [
+        "all losses but the pixel loss: the run ends after 288 images, and train.warmup_images "
+        "is 288"
+    ]
+    none = ("loss.adversarial.weight=0", "train.ramp_images=9", "loss.adversarial.r1_weight=1")
+    assert told(*none) == [
+        "loss.adversarial.r1_weight, since weight is 0",
+        "train.ramp_images, since loss.adversarial.weight is 0",
+    ]
+    late = ("optimizer.generator.schedule=multistep", "optimizer.generator.milestones=[9, 288]")
+    assert told(*late) == ["optimizer.generator.milestones from 288 on, where the run ends"]
+
+
 def test_shards_from_afar_are_read_as_configured(
     recipe: Path,
     sharded: Path,

@@ -44,14 +44,12 @@ def build_discriminator(
 
     `name`: swift_srgan or srgan, logits (N, 1) by `head` (linear or gap); unet, logits
     (N, 1, H, W) and no head. `spectral_norm` (Miyato et al., arXiv 1802.05957): of every
-    convolution and linear layer.
+    convolution and linear layer; unet has its own.
     """
-    discriminator: nn.Module
     if name == "unet":
-        discriminator = unet.Discriminator(channels=channels)
-    else:
-        family = {"swift_srgan": swift_srgan.Discriminator, "srgan": srgan.Discriminator}[name]
-        discriminator = family(channels=channels, head=head)
+        return unet.Discriminator(channels=channels)
+    family = {"swift_srgan": swift_srgan.Discriminator, "srgan": srgan.Discriminator}[name]
+    discriminator: nn.Module = family(channels=channels, head=head)
     if spectral_norm:
         for module in list(discriminator.modules()):
             if isinstance(module, nn.Conv2d | nn.Linear):

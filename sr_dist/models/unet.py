@@ -5,29 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 _WIDTH = 64
 
 
 class Discriminator(nn.Module):
-    """(N, channels, H, W) in [0, 1] → logits (N, 1, H, W). Without BatchNorm."""
+    """(N, channels, H, W) in [0, 1] → logits (N, 1, H, W).
+
+    Without BatchNorm; with spectral norm on all convolutions but the first and the last.
+    """
 
     def __init__(self, *, channels: int) -> None:
         super().__init__()
         widths = [_WIDTH * 2**n for n in range(4)]
         self.first = nn.Conv2d(channels, _WIDTH, 3, padding=1)
         self.down = nn.ModuleList(
-            nn.Conv2d(inputs, outputs, 4, 2, padding=1, bias=False)
+            spectral_norm(nn.Conv2d(inputs, outputs, 4, 2, padding=1, bias=False))
             for inputs, outputs in zip(widths, widths[1:], strict=False)
         )
         self.up = nn.ModuleList(
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            spectral_norm(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
             for inputs, outputs in zip(widths[::-1], widths[-2::-1], strict=False)
         )
         self.last = nn.Sequential(
-            nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1, bias=False),
+            spectral_norm(nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1, bias=False)),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1, bias=False),
+            spectral_norm(nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1, bias=False)),
             nn.LeakyReLU(0.2),
             nn.Conv2d(_WIDTH, 1, 3, padding=1),
         )
