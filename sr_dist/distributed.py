@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from sr_dist.errors import LostRank, UserError, said_once_a_node
 from sr_dist.watch import Watch
@@ -154,7 +155,7 @@ def _set_buffers(modules: Collection[nn.Module], values: Tensor) -> None:
 
 def _is_first_to_say(message: str) -> bool:
     """Whether no other rank has met the same mistake yet."""
-    store = torch.distributed.distributed_c10d._get_default_store()
+    store = distributed_c10d._get_default_store()
     digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()
     try:
         return bool(store.add(f"sr_dist/said/{digest}", 1) == 1)
@@ -165,6 +166,28 @@ def _is_first_to_say(message: str) -> bool:
 def launched_world_size() -> int:
     """The number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _join_again(backend: str, timeout: float) -> None:
+    """After a restart by the launcher (`--max_restarts`), join the group under keys of its own.
+
+    The launcher keeps one store for all attempts, and torch 2.14 leaves in it where the ranks of
+    the first one listened; those of the second would knock there.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    patience = datetime.timedelta(seconds=timeout)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    tcp_store = torch.distributed.TCPStore  # type: ignore[attr-defined]
+    store = tcp_store(host, port, is_master=False, timeout=patience)
+    torch.distributed.init_process_group(
+        backend,
+        store=distributed_c10d.PrefixStore(f"attempt {attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=launched_world_size(),
+        timeout=patience,
+    )
 
 
 @contextlib.contextmanager
@@ -185,6 +208,7 @@ def joined(mixed_precision: str | None, seed: int, timeout: float = 600.0) -> It
     with said_once_a_node():
         if on_cpu and (mixed_precision or told) == "fp16":
             raise UserError("mixed precision fp16 needs a GPU, and none is here; use bf16 or no")
+    _join_again("gloo" if on_cpu else "nccl", timeout)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=mixed_precision,
@@ -204,7 +228,7 @@ def joined(mixed_precision: str | None, seed: int, timeout: float = 600.0) -> It
     watch = Watch(
         accelerator.process_index,
         accelerator.num_processes,
-        torch.distributed.distributed_c10d._get_default_store() if several else None,
+        distributed_c10d._get_default_store() if several else None,
         timeout,
     )
     processes = Processes(

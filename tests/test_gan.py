@@ -150,7 +150,11 @@ def test_gradient_penalty_by_hand_and_in_the_step(
 def test_parts_of_a_batch_add_up_to_it(
     processes: Processes, batch: tuple[Tensor, Tensor], accumulation_steps: int
 ) -> None:
-    """Without BatchNorm (the U-Net has none), to float tolerance; several steps."""
+    """Without BatchNorm (the U-Net has none), to float tolerance; several steps.
+
+    AdamW divides by the gradient's length, so where that is nearly 0 its rounding shows: each step
+    moves a weight by 1e-4, of which 1e-5 may differ in some and 1e-8 in the mean.
+    """
     goal = objective(
         processes,
         pixel={"weight": 1.0},
@@ -175,7 +179,8 @@ def test_parts_of_a_batch_add_up_to_it(
         assert float(found[1][name]) == pytest.approx(float(value), rel=1e-3), name
     for one, other in zip(*states, strict=True):
         for name, value in one.items():
-            torch.testing.assert_close(other[name], value, rtol=0, atol=2e-6, msg=name)
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5, msg=name)
+            assert (other[name] - value).float().abs().mean() < 3e-8, name
 
 
 def test_gradients_are_cut_to_the_set_length(

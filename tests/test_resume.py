@@ -378,6 +378,34 @@ def test_a_killed_rank_is_named_by_the_others(recipe: Path, killed: int) -> None
 
 
 @pytest.mark.multiprocess
+def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Under --max_restarts, one rank killed and later the other: the run of one unbroken."""
+    settings = ("checkpoint.every_steps=5", "train.warmup_images=72")
+    train_on_two(recipe, "run.name=unbroken", *settings)
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(TWO_PROCESSES), "--max_restarts", "2"]
+    command += ["--monitor_interval", "0.5"]
+    command += [str(REPOSITORY / "tests" / "workers" / "slow_steps.py"), str(recipe)]
+    with subprocess.Popen(
+        [*command, "run.name=killed", *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as running:
+        for step, victim in ((8, -1), (23, 0)):
+            wait_for_step(running, step)
+            ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            assert len(ranks) == 2
+            os.kill(int(ranks[victim]), signal.SIGKILL)
+        said = running.communicate(timeout=120)[1]
+    assert running.returncode == 0, said
+    assert_same_run(tmp_path / "runs/unbroken", tmp_path / "runs/killed")
+
+
+@pytest.mark.multiprocess
 def test_ranks_that_would_start_apart_are_told_so(recipe: Path, tmp_path: Path) -> None:
     train.run(load(recipe, "train.epochs=1"))
     done = run(

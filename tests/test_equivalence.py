@@ -1,0 +1,70 @@
+"""The same training on any number of ranks, and what a step sends between them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import REPOSITORY, succeed
+
+WORKERS = REPOSITORY / "tests" / "workers"
+# AdamW divides a gradient by its length, so where that is nearly 0, rounding shows. Each of three
+# steps moves a weight by 1e-4 at most; so much of it may differ, in any weight and in the mean.
+LARGEST, MEAN = 3e-5, 5e-8
+
+
+def train_on(ranks: int, output: Path) -> dict[str, dict[str, torch.Tensor]]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc_per_node", str(ranks), str(WORKERS / "equal_steps.py"), str(output)]
+    succeed(*launcher, timeout=180)
+    found: dict[str, dict[str, torch.Tensor]] = torch.load(output, weights_only=True)
+    assert found.pop("world_size") == ranks  # type: ignore[comparison-overlap]
+    return found
+
+
+@pytest.mark.multiprocess
+def test_ranks_with_parts_of_a_batch_train_as_one_with_all_of_it(tmp_path: Path) -> None:
+    """2 × 4 rows and 4 × 2 = 1 × 8, after three GAN steps: G, D and the averaged G.
+
+    Without BatchNorm, whose statistics are each rank's own.
+    """
+    one = train_on(1, tmp_path / "1.pt")
+    for ranks in (2, 4):
+        several = train_on(ranks, tmp_path / f"{ranks}.pt")
+        assert several.keys() == one.keys() and len(one) == 3
+        for way, expected in one.items():
+            for name, value in expected.items():
+                gap = (several[way][name] - value).float().abs()
+                where = f"{way} on {ranks} ranks: {name}"
+                assert gap.max() < LARGEST and gap.mean() < MEAN, where
+            assert any(
+                (expected[n.replace("before", "generator")] - expected[n]).abs().mean() > 1e-4
+                for n in expected
+                if n.startswith("before.")
+            )
+
+
+def test_what_a_step_sends_on_512_ranks() -> None:
+    """Every trained number once, in fp32, and nothing besides; in warm-up those of G alone.
+
+    A rank of a ring sends 2 × 511 / 512 of it.
+    """
+    done = succeed("tests/workers/bytes_of_a_step.py")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("world_size") == 512
+    generator, linear, gap = 200_121, 19_413_279, 1_063_199
+    numbers = {
+        "linear": generator + linear,
+        "gap": generator + gap,
+        "gap in parts": generator + gap,
+        "warm-up": generator,
+    }
+    assert {way: sent["gradients"] for way, sent in found.items()} == {
+        way: 4 * number for way, number in numbers.items()
+    }
+    assert all(sent["others"] == 0 for sent in found.values())
+    assert found["linear"]["discriminator"] == linear and found["gap"]["generator"] == generator
