@@ -276,6 +276,12 @@ class Train:
 class Evaluation:
     every_epochs: int = setting(1, "evaluate after every so many epochs, and the last", minimum=1)
     protocol: str = setting("y", "y: luma; rgb: all channels", choices=("y", "rgb"))
+    ranks: str = setting(
+        "main",
+        "main: rank 0 measures, and the others wait; all: each measures its share, for the same "
+        "numbers",
+        choices=("main", "all"),
+    )
     tile: int = setting(256, "side of the LR tiles that bound memory, pixels", minimum=16)
     lpips: str | None = setting(
         None, "weights of torchvision's squeezenet1_1, a file: measure LPIPS too", path=True

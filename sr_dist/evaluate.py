@@ -59,6 +59,7 @@ def read_pairs(
     lr_folder: Path | None = None,
     bits: int = 16,
     reading: storage.Settings = storage.DEFAULT,
+    wanted: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[Pair]:
     """The HR pictures of `data`, each with its LR: one at a time, in the order of their names.
 
@@ -66,14 +67,16 @@ def read_pairs(
     a multiple of `scale` and LR made from it, unless `lr_folder` holds it (`NAME.*`, `NAMEx4.*` or
     `NAME_x4.*`, in the same folder below it); HR is then cut to `scale` times LR. `bits`:
     significant ones of 16-bit gray pictures, which are measured as 8-bit ones. `reading`: of shards
-    elsewhere.
+    elsewhere. `wanted`: of the pictures' numbers, from 0; the others are not decoded.
 
     Raises:
         UserError: nothing is there, a picture cannot be used, or an LR does not fit its HR.
     """
     least = 2 * scale + metrics.SSIM_SIDE
     given = _by_place(lr_folder) if lr_folder is not None else {}
-    for name, source in _sources(data, reading):
+    for number, (name, source) in enumerate(_sources(data, reading)):
+        if not wanted(number):
+            continue
         try:
             hr = images.decode_8_bits(source, channels, bits)
         except images.PictureError as error:
@@ -102,6 +105,15 @@ def read_pairs(
         if lr_folder is None:
             lr = images.to_pictures(images.downscale(images.to_batch([hr]), scale))[0]
         yield Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr))
+
+
+def count(data: str, reading: storage.Settings = storage.DEFAULT) -> int:
+    """The number of pictures of `data`, see `read_pairs`; none is decoded.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    return shards.read_index(data, reading).samples if _is_shards(data) else len(_files(data))
 
 
 def is_gray(data: str, reading: storage.Settings = storage.DEFAULT) -> bool:

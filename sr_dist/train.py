@@ -153,6 +153,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         )
     means: list[evaluate.Mean] = []
     protocol = metrics.protocol(config.evaluation.protocol, data.scale)
+    measures = processes.is_main or config.evaluation.ranks == "all"
     validation = Validation(
         data=data.validation,
         scale=data.scale,
@@ -164,16 +165,24 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         samples=config.evaluation.samples,
         lpips=(
             lpips.build(Path(config.evaluation.lpips), processes.device)
-            if processes.is_main and config.evaluation.lpips is not None
+            if measures and config.evaluation.lpips is not None
             else None
         ),
     )
+    if config.evaluation.ranks == "all":
+        validation = dataclasses.replace(
+            validation,
+            rank=processes.rank,
+            ranks=processes.world_size,
+            total=lambda values: processes.sum(values.to(processes.device)).cpu(),
+        )
     if first_step >= total_steps:
-        if processes.is_main:  # measure what is there, and leave the folder as it is
-            done = position.place // steps_per_epoch
+        done = position.place // steps_per_epoch
+        if processes.is_main:
             log.info("%s has its %d epochs; raise train.epochs to train it further", folder, done)
+        if measures:  # what is there, and leave the folder as it is
             means = validation.run(networks.evaluated(), tracking.Silent(), done, first_step)
-        return Result(folder, means, skipped.count, protocol)
+        return Result(folder, means if processes.is_main else [], skipped.count, protocol)
     tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
         size = checkpoint.expected_bytes(networks.weights, networks.optimizers)
@@ -329,6 +338,8 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                     saved_at = time.monotonic()
                 if stops:  # before any rank ends: launchers end the others then
                     saver.finish()
+            elif measures and ends_epoch and evaluates:
+                validation.run(networks.evaluated(), tracker, epoch, step)
             processes.wait_for_main(f"step {step}")
         if stops:
             tracker.close()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sr_dist import evaluate, images, storage, tracking
+from sr_dist.errors import UserError
 
 log = logging.getLogger(__name__)
+
+Look = Callable[[evaluate.Pair, Mapping[str, images.Picture]], None]
 
 _SAMPLE_SIDE = 512  # HR pixels of a sample picture's panels, at most
 
@@ -28,11 +32,20 @@ class Validation:
     tile: int  # LR pixels
     samples: int  # pictures shown
     lpips: evaluate.Distance | None
+    # Each of `ranks` measures its share of the pictures and `total` adds up tensors of theirs; one
+    # rank measures all.
+    rank: int = 0
+    ranks: int = 1
+    total: Callable[[Tensor], Tensor] = torch.Tensor.clone
 
     def run(
         self, generator: nn.Module, tracker: tracking.Tracker, epoch: int, step: int
     ) -> list[evaluate.Mean]:
-        """Bicubic and the model; of the first few pictures, the middle is shown."""
+        """Bicubic and the model; of the first few pictures, the middle is shown.
+
+        All ranks return the same numbers, whatever their number. What one of them cannot measure is
+        raised by all.
+        """
         shown: set[str] = set()
 
         def look(pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
@@ -46,17 +59,7 @@ class Validation:
             "bicubic": evaluate.classical("bicubic", self.scale),
             "SR": evaluate.learned(generator, scale=self.scale, tile=self.tile),
         }
-        pairs = evaluate.read_pairs(
-            self.data,
-            scale=self.scale,
-            channels=self.channels,
-            bits=self.bits,
-            reading=self.reading,
-        )
-        rows = evaluate.evaluate(
-            upscalers, pairs, colour=self.colour, border=self.scale, lpips=self.lpips, look=look
-        )
-        means = evaluate.averages(rows)
+        means = evaluate.averages(self._measure(upscalers, look))
         for mean in means:
             values = {"psnr": mean.psnr, "ssim": mean.ssim}
             perceived = ""
@@ -73,3 +76,45 @@ class Validation:
             )
             tracker.scalars({f"{name}/{mean.upscaler}": v for name, v in values.items()}, step)
         return means
+
+    def _measure(
+        self, upscalers: Mapping[str, evaluate.Upscaler], look: Look
+    ) -> list[evaluate.Row]:
+        """A row for every picture and upscaler, from all ranks."""
+        pictures = range(evaluate.count(self.data, self.reading))
+        mine = [picture for picture in pictures if self._rank_of(picture) == self.rank]
+        pairs = evaluate.read_pairs(
+            self.data,
+            scale=self.scale,
+            channels=self.channels,
+            bits=self.bits,
+            reading=self.reading,
+            wanted=set(mine).__contains__,
+        )
+        failure, rows = None, []
+        try:
+            rows = evaluate.evaluate(
+                upscalers, pairs, colour=self.colour, border=self.scale, lpips=self.lpips, look=look
+            )
+        except Exception as error:
+            failure = error
+        found = torch.zeros(len(pictures), len(upscalers), 3, dtype=torch.float64)
+        for place, row in enumerate(rows):
+            picture, upscaler = divmod(place, len(upscalers))
+            values = (row.psnr, row.ssim, row.lpips or 0.0)
+            found[mine[picture], upscaler] = torch.tensor(values, dtype=torch.float64)
+        failures = torch.tensor([failure is not None], dtype=torch.float64)
+        joined = self.total(torch.cat([found.flatten(), failures]))
+        if failure is not None:
+            raise failure
+        if joined[-1]:
+            raise UserError("another rank could not evaluate; it says why")
+        return [
+            evaluate.Row(str(picture), name, psnr, ssim, None if self.lpips is None else lpips)
+            for picture, of_upscalers in enumerate(joined[:-1].view_as(found).tolist())
+            for name, (psnr, ssim, lpips) in zip(upscalers, of_upscalers, strict=True)
+        ]
+
+    def _rank_of(self, picture: int) -> int:
+        """Rank 0, which writes, measures those that are shown."""
+        return 0 if picture < self.samples else picture % self.ranks

@@ -134,6 +134,13 @@ def test_every_setting_is_described_in_the_readme_of_the_recipes() -> None:
     assert "| `train.epochs` | whole number | 10 | passes over the training shards" in table
 
 
+def test_parts_of_a_batch_do_not_know_its_average(tmp_path: Path) -> None:
+    words = ("train.accumulation_steps=2", "loss.adversarial.kind=relativistic_average")
+    with pytest.raises(UserError, match="relativistic_average compares with the average of the"):
+        load(tmp_path, LEAST, *words)
+    load(tmp_path, LEAST, *words, "loss.adversarial.weight=0")
+
+
 def test_home_folders_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     (tmp_path / "a.yaml").write_text("data: {train: ~/shards, validation: there/~}")
@@ -164,6 +171,7 @@ def test_lists(tmp_path: Path) -> None:
         ("optimizer.generator.milestones=[x]", "expected a whole number, found 'x'"),
         ("loss.adversarial.label_smoothing=0.1", "linear has no target that could be smoothed"),
         ("train.accumulation_steps=3", "3 does not divide train.global_batch_size (16)"),
+        ("data.degradation.blur_sigma=[0, 40]", "40.0 reaches further than data.crop_size (96)"),
     ):
         with pytest.raises(UserError) as caught:
             load(tmp_path, LEAST, override)

@@ -38,6 +38,7 @@ from tests.runs import (
     rows,
     saved,
     scalars,
+    train_on_two,
 )
 
 
@@ -458,6 +459,35 @@ def test_shards_from_afar_are_read_as_configured(
         train.run(load(recipe, *overrides, "run.name=other"))
     with pytest.raises(UserError, match="stream.cache_bytes is 9, but shard-"):
         train.run(load(recipe, *overrides, "run.name=other", "stream.cache_bytes=9"))
+
+
+@pytest.mark.multiprocess
+def test_all_ranks_evaluate_to_the_same_numbers_as_one(
+    recipe: Path, sharded: Path, photographs: Path, tmp_path: Path
+) -> None:
+    """83 pictures on two ranks, of which three are shown; and one that a rank cannot measure."""
+    settings = (f"data.validation={sharded}", "train.epochs=1", "evaluation.samples=3")
+    train_on_two(recipe, "run.name=main", *settings)
+    train_on_two(recipe, "run.name=all", "evaluation.ranks=all", *settings)
+    main, shared = (tmp_path / "runs" / name for name in ("main", "all"))
+    one, other = scalars(main), scalars(shared)
+    for tag in ("psnr/bicubic", "psnr/SR", "ssim/bicubic", "ssim/SR"):
+        assert other[tag] == one[tag] and len(one[tag]) == 1
+    assert rows(shared) == rows(main)
+    assert saved(shared)[1]["metrics"] == saved(main)[1]["metrics"]
+
+    (tmp_path / "val").mkdir()
+    for number in range(4):
+        shutil.copy(photographs / "chelsea.png", tmp_path / "val" / f"{number}.png")
+    done = run(
+        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
+        *(REPOSITORY / "tests" / "workers" / "loses_a_picture.py", tmp_path / "val" / "3.png"),
+        *(recipe, f"data.validation={tmp_path}/val", "evaluation.ranks=all", "run.name=broken"),
+        timeout=180,
+    )
+    assert done.returncode != 0
+    assert "3.png" in done.stderr and "another rank could not evaluate" in done.stderr
+    assert saved(tmp_path / "runs" / "broken")[1]["step"] == 18, "the training is kept"
 
 
 @pytest.mark.multiprocess
