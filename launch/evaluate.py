@@ -56,9 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bits",
         type=int,
-        default=16,
         metavar="N",
-        help="significant bits of 16-bit gray pictures (default 16)",
+        help="significant bits of 16-bit gray pictures (default: those that the run was trained "
+        "with, or 16)",
     )
     parser.add_argument(
         "--lpips",
@@ -89,7 +89,7 @@ def main() -> None:
             raise UserError("nothing to measure; give --checkpoint FILE_OR_RUN or --method bicubic")
         if scale < 2:
             raise UserError(f"--scale: expected 2 or more, found {scale}")
-        if not 9 <= arguments.bits <= 16:
+        if arguments.bits is not None and not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
         if arguments.tile < 16:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
@@ -126,7 +126,7 @@ def main() -> None:
             "scale": scale,
             "channels": wanted,
             "lr_folder": arguments.lr,
-            "bits": arguments.bits,
+            "bits": arguments.bits or next(filter(None, map(generators.bits_of, channels)), 16),
         }
         distance = lpips.build(arguments.lpips, device) if arguments.lpips else None
         total = evaluate.check(**data)

@@ -84,7 +84,7 @@ def print_summary(result: "train.Result") -> None:  # noqa: F821
         lpips = f" {mean.lpips:7.4f}" if perceived else ""
         print(f"  {mean.upscaler:10} {mean.psnr:8.3f} {mean.ssim:7.4f}{lpips}")
     if result.skipped:
-        print(f"\n{result.skipped} samples could not be used; others took their places")
+        print(f"\n{result.skipped} sample(s) could not be used; others took their places")
     print(f"\nRun folder: {result.folder}")
 
 

@@ -48,9 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--bits",
         type=int,
-        default=16,
         metavar="N",
-        help="significant bits of 16-bit gray pictures (default 16)",
+        help="significant bits of 16-bit gray pictures (default: those that the run was trained "
+        "with, or 16)",
     )
     return parser.parse_args()
 
@@ -64,7 +64,7 @@ def main() -> None:
 
         from sr_dist import dataset, generators, images, upscale
 
-        if not 9 <= arguments.bits <= 16:
+        if arguments.bits is not None and not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
         if arguments.tile < 16:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
@@ -77,6 +77,7 @@ def main() -> None:
         generator, description = generators.load(arguments.checkpoint)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         generator.to(device=device, memory_format=torch.channels_last)
+        bits = arguments.bits or generators.bits_of(arguments.checkpoint) or 16
         rejects = []
         for (path, _), target in zip(
             tqdm(pictures, unit="picture", disable=None), targets, strict=True
@@ -88,7 +89,7 @@ def main() -> None:
                     scale=description["scale"],
                     channels=description["channels"],
                     tile=arguments.tile,
-                    bits=arguments.bits,
+                    bits=bits,
                 )
             except images.PictureError as error:
                 rejects.append(f"{path} {error}")

@@ -266,7 +266,9 @@ def _sources(data: str, reading: storage.Settings) -> Iterator[tuple[str, bytes 
 
 
 def _is_shards(data: str) -> bool:
-    return data.endswith(".json") or "://" in data or (Path(data) / shards.INDEX_NAME).is_file()
+    name = data.rpartition("/")[2]
+    known = "://" in data or name.endswith(".json") or ("{" in name and name.endswith(".tar"))
+    return known or (Path(data) / shards.INDEX_NAME).is_file()
 
 
 def _files(data: str) -> list[tuple[str, bytes | Path]]:

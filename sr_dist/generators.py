@@ -47,6 +47,18 @@ def load(path: Path | str, revision: str | None = None) -> tuple[nn.Module, dict
     return generator.eval(), description
 
 
+def bits_of(path: Path) -> int | None:
+    """The significant bits of 16-bit gray that a run or checkpoint was trained with, if it says so.
+
+    Raises:
+        UserError: the run's folder holds no checkpoint.
+    """
+    if not path.is_dir() or model_files.is_folder(path):
+        return None
+    bits = checkpoint.find_in(path).meta.get("bits")
+    return bits if type(bits) is int else None
+
+
 def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict of the generator in `path`, which must be of the same `description`.
 

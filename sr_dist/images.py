@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -141,8 +142,9 @@ def decode(source: bytes | Path, channels: int) -> Picture | DeepPicture:
         PictureError: the bytes are no whole picture, or of a kind that is refused.
     """
     with _open(source) as image:
+        deep = _is_deep(image)  # before it is loaded: Pillow then forgets how it was stored
         _load(image)
-        if not _is_deep(image):
+        if not deep:
             return to_array(image, channels)
         if channels != 1:
             raise PictureError("is 16-bit gray, which is kept as one channel and not as three")
@@ -150,8 +152,10 @@ def decode(source: bytes | Path, channels: int) -> Picture | DeepPicture:
 
 
 def decode_8_bits(source: bytes | Path, channels: int, bits: int) -> Picture:
-    """`decode`, and `to_8_bits` where it is needed."""
+    """`decode`, and `to_8_bits` where it is needed: of whole pictures."""
     picture = decode(source, channels)
+    if picture.dtype != np.uint8 and int(picture.max()) < 2**bits // 4:
+        _warn_of_bits(bits)
     return to_8_bits(picture, bits)
 
 
@@ -166,18 +170,15 @@ def to_8_bits(picture: Picture | DeepPicture, bits: int) -> Picture:
     white, most = 2**bits - 1, int(picture.max())
     if most > white:
         raise PictureError(f"holds values up to {most}, more than {bits} bits can")
-    if most <= white // 4:
-        _warn_of_bits(most, bits)
     scaled: Picture = (picture * (255 / white)).round().astype(np.uint8)
     return scaled
 
 
 @functools.cache  # once is enough
-def _warn_of_bits(most: int, bits: int) -> None:
+def _warn_of_bits(bits: int) -> None:
     log.warning(
-        "a 16-bit gray picture holds values up to %d, and %d bits are taken as significant: if the "
-        "scanner gives fewer, say so with data.bits (in commands --bits), or pictures are dark",
-        most,
+        "a 16-bit gray picture uses less than a quarter of the %d bits that are taken as "
+        "significant: if the scanner gives fewer, say so with data.bits (in commands --bits)",
         bits,
     )
 
@@ -190,6 +191,16 @@ def own_channels(source: bytes | Path) -> int:
     """
     with _open(source) as image:
         return 1 if image.mode in _GRAY_MODES or _is_deep(image) else 3
+
+
+def is_deep(source: bytes | Path) -> bool:
+    """Whether it is 16-bit gray.
+
+    Raises:
+        PictureError: the header cannot be read, or the picture is of a kind that is refused.
+    """
+    with _open(source) as image:
+        return _is_deep(image)
 
 
 def decode_with_alpha(source: bytes | Path, bits: int = 16) -> tuple[Picture, Picture | None]:
@@ -391,7 +402,8 @@ def _open(source: bytes | Path) -> Image.Image:
 
 
 def _stored_in_16_bits(image: Image.Image) -> bool:
-    return any(";16" in str(tile) for tile in getattr(image, "tile", []))
+    tiles = str(getattr(image, "tile", ""))
+    return ";16" in tiles and "BGR;16" not in tiles  # which is 5, 6 and 5 bits
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -399,5 +411,5 @@ def _is_deep(image: Image.Image) -> bool:
     if image.mode not in _DEEP_GRAY_MODES:
         return False
     return image.mode != "I" or (
-        _stored_in_16_bits(image) and "16S" not in str(getattr(image, "tile", ""))
+        _stored_in_16_bits(image) and not re.search(r";16B?S", str(getattr(image, "tile", "")))
     )

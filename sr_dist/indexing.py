@@ -40,6 +40,7 @@ def index(
     if target.exists():
         raise UserError(f"{target} exists already; delete it to index the folder again")
     listed, sides, channels, unusable = [], [], 1, []
+    deep: list[str] = []  # samples that only a set of gray pictures can use
     for tar in progress(paths, "indexing", len(paths)):
         offsets = []
         try:
@@ -48,6 +49,10 @@ def index(
                 try:
                     sides.append(_side(sample, min_size))
                     channels = max(channels, images.own_channels(sample.picture))
+                    if images.is_deep(sample.picture):
+                        deep.append(
+                            f"{tar}: sample {sample.key} is 16-bit gray, others have colour"
+                        )
                 except images.PictureError as error:
                     unusable.append(f"{tar}: sample {sample.key} {error}")
         except shards.DamagedShard as error:
@@ -58,6 +63,7 @@ def index(
     if not sides:
         first = f"; first: {unusable[0]}" if unusable else ""
         raise UserError(f"no sample with a usable picture in {len(paths)} tars{first}")
+    unusable += deep if channels == 3 else []
     text = shards.index_text(channels, min(sides), listed, {"indexed": True})
     files.write_whole(target, text)
     return target, unusable
@@ -78,7 +84,10 @@ def _side(sample: tars.Sample, least: int) -> int:
 
 
 def verify(address: str, progress: Progress = lambda items, what, total: items) -> list[str]:
-    """All that is wrong with the shards of an index: files, bytes, hashes, counts and pictures."""
+    """All that is wrong with the shards of an index: files, bytes, hashes, counts and pictures.
+
+    Every picture is decoded. Of a damaged tar, what lies behind the damage is looked at too.
+    """
     found = shards.read_index(address)
     problems = []
     for number, shard in enumerate(progress(found.shards, "verifying", len(found.shards))):
@@ -92,24 +101,22 @@ def verify(address: str, progress: Progress = lambda items, what, total: items) 
             problems.append(f"{where}: {size} bytes, the index says {shard.bytes}")
         elif digest != shard.sha256:
             problems.append(f"{where}: its sha256 is not the index's; its bytes were changed")
-        count = 0
+        lost: dict[str, list[int]] = {}
+        samples = shards.read_range(found, number, 0, shard.count, storage.DEFAULT)
         try:
-            for sample in shards.read_samples(where):
-                if shard.mark_every and count % shard.mark_every == 0:
-                    problems += _mark_problems(where, shard, count, sample.offset)
-                count += 1
-                problems += _picture_problems(where, sample, found)
-        except shards.DamagedShard as error:
-            problems.append(f"{where} {error}, after {count} samples")
-        if count != shard.count:
-            problems.append(f"{where}: {count} samples, the index says {shard.count}")
+            for place, sample in enumerate(samples):
+                if sample.key:
+                    problems += _picture_problems(where, sample, found)
+                else:
+                    lost.setdefault(sample.problem, []).append(place)
+        except shards.UnreadableShard as error:
+            problems.append(f"{where} {error}")
+        problems += [
+            f"{where} {problem}; {len(places)} of {shard.count} samples are lost by it, from "
+            f"number {places[0]} to {places[-1]}"
+            for problem, places in lost.items()
+        ]
     return problems
-
-
-def _mark_problems(where: str, shard: shards.Shard, number: int, offset: int) -> Iterator[str]:
-    marked = number // shard.mark_every
-    if marked >= len(shard.marks) or shard.marks[marked] != offset:
-        yield f"{where}: sample {number} begins at byte {offset}, which is not what the index says"
 
 
 def _picture_problems(where: str, sample: tars.Sample, found: shards.Index) -> Iterator[str]:

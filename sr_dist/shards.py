@@ -101,6 +101,7 @@ def read_index(address: str, settings: storage.Settings = storage.DEFAULT) -> In
     Raises:
         UserError: it is missing, unreadable or of another format.
     """
+    storage.check_address(address)
     names: list[str] | None = None
     place = address
     folder, slash, pattern = address.rpartition("/")
@@ -242,7 +243,7 @@ class DamagedShard(ValueError):
 
 
 class UnreadableShard(DamagedShard):
-    """A tar that the network or this machine did not let be read: it may well be whole."""
+    """A tar that is not there, or that the way to it did not let be read: it may well be whole."""
 
 
 def read_samples(address: str) -> Iterator[tars.Sample]:
@@ -265,26 +266,17 @@ def read_range(
     where reading starts.
 
     Raises:
-        UnreadableShard: not the shard is to blame.
+        UnreadableShard: it is not there, or not the shard is to blame.
     """
-    described, address = index.shards[shard], index.address(shard)
-    number = start
-    try:
-        with (
-            _told_apart(),
-            storage.open_file(
-                address, settings, size=described.bytes, sha256=described.sha256
-            ) as file,
-        ):
-            while number < stop:
-                for sample in _read_stretch(file, described.stretch(number), number, stop):
-                    yield sample
-                    number += 1
-    except UnreadableShard:
-        raise
-    except DamagedShard as error:  # the whole of it
-        for _ in range(number, stop):
-            yield tars.Sample("", 0, "", b"", {}, str(error))
+    described, address, number = index.shards[shard], index.address(shard), start
+    with (
+        _told_apart(),
+        storage.open_file(address, settings, size=described.bytes, sha256=described.sha256) as file,
+    ):
+        while number < stop:
+            for sample in _read_stretch(file, described.stretch(number), number, stop):
+                yield sample
+                number += 1
 
 
 def _read_stretch(file: BinaryIO, stretch: Stretch, start: int, stop: int) -> Iterator[tars.Sample]:
@@ -307,9 +299,9 @@ def _read_stretch(file: BinaryIO, stretch: Stretch, start: int, stop: int) -> It
             f"index has {expected}"
         )
     except tars.DamagedTar as error:
-        problem = f"{error}, at sample {number}"
+        problem = f"is damaged: {error}"
     for _ in range(max(number, start), min(stop, stretch.last)):
-        yield tars.Sample("", 0, "", b"", {}, f"is damaged: {problem}")
+        yield tars.Sample("", 0, "", b"", {}, problem)
 
 
 @contextlib.contextmanager
@@ -320,7 +312,7 @@ def _told_apart() -> Iterator[None]:
     except tars.DamagedTar as error:
         raise DamagedShard(f"is damaged: {error}") from error
     except FileNotFoundError as error:
-        raise DamagedShard("is not there") from error
+        raise UnreadableShard("is not there, though its index.json lists it") from error
     except OSError as error:
         raise UnreadableShard(f"cannot be read: {error.strerror or error}") from error
 
@@ -476,6 +468,13 @@ def check_files(index: Index, settings: storage.Settings = storage.DEFAULT) -> l
             continue
         if size != shard.bytes:
             problems.append(f"{address} has {size} bytes, the index says {shard.bytes}")
+    if remote:
+        storage.check_cache(settings)
+    if remote and settings.cache_dir is None:  # whether parts of a file can be had
+        try:
+            next(read_range(index, 0, 0, 1, settings), None)
+        except DamagedShard as error:
+            problems.append(f"{index.address(0)} {error}")
     return problems
 
 

@@ -57,6 +57,21 @@ class Settings:
 DEFAULT = Settings()
 
 
+def check_cache(settings: Settings) -> None:
+    """Make the cache's folder, if there is to be one.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if settings.cache_dir is not None:
+        try:
+            Path(settings.cache_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"stream.cache_dir: cannot make the folder {settings.cache_dir}: {error.strerror}"
+            ) from None
+
+
 def is_remote(address: str) -> bool:
     return "://" in address and not address.startswith("file://")
 
@@ -79,14 +94,11 @@ def open_file(
         UserError: the scheme is unknown, its package is missing, or the address tells secrets.
         OSError: it is not there or cannot be read.
     """
-    scheme = address.partition("://")[0] if "://" in address else "file"
-    if scheme not in SCHEMES or address.partition(":")[0] == "pipe":
-        raise UserError(
-            f"{address}: expected a local path or an address of {', '.join(SCHEMES[1:])}"
-        )
+    check_address(address)
     if not is_remote(address):
-        return local_path(address).open("rb")
-    _check_secrets(address)
+        file = local_path(address).open("rb")
+        longer = size is not None and os.fstat(file.fileno()).st_size > size
+        return cast(BinaryIO, io.BufferedReader(_Beginning(file, size or 0))) if longer else file
     if settings.cache_dir is not None and size is not None and sha256:
         cached = _Cache(settings).open(address, size, sha256)
         if cached is not None:
@@ -125,11 +137,26 @@ def _size(fs: Any, path: str) -> int:
     return int(size)
 
 
-def _check_secrets(address: str) -> None:
-    """Addresses are printed, and recorded in the folders of runs."""
-    parts = urllib.parse.urlsplit(address)
-    if "@" in parts.netloc or (parts.query and parts.scheme in ("http", "https")):
-        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+def check_address(address: str) -> None:
+    """
+    Raises:
+        UserError: its scheme is unknown, or it holds secrets: addresses are printed, and recorded
+            in the folders of runs.
+    """
+    scheme = address.partition("://")[0] if "://" in address else "file"
+    if scheme not in SCHEMES or address.partition(":")[0] == "pipe":
+        raise UserError(
+            f"{address}: expected a local path or an address of {', '.join(SCHEMES[1:])}"
+        )
+    if not is_remote(address):
+        return
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError as error:
+        raise UserError(f"expected an address, found one that is none: {error}") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        netloc = parts.netloc.rpartition("@")[2]
+        shown = parts._replace(netloc=netloc, query="", fragment="").geturl()
         raise UserError(
             f"{shown}: expected an address without user, password or query, which would be "
             "recorded with every run. Put secrets where the file system looks for them (http: "
@@ -147,6 +174,32 @@ def sha256_of_file(address: str, settings: Settings = DEFAULT) -> tuple[str, int
     return digest.hexdigest(), size
 
 
+class _Beginning(io.RawIOBase):
+    """The first `size` bytes of a local file, which are all that is read of a remote one too."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.file.tell(), os.SEEK_END: self.size}[whence]
+        return self.file.seek(base + offset)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read(min(len(buffer), max(0, self.size - self.file.tell())))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 class _Remote(io.RawIOBase):
     """A remote file, a range request at a time."""
 
@@ -155,6 +208,7 @@ class _Remote(io.RawIOBase):
         if size is None:
             size = size_of(address, settings)
         self.size, self.place = _found_shorter.get(address, size), 0
+        self.block = _BLOCK_BYTES  # asked for at once, at most
 
     def readable(self) -> bool:
         return True
@@ -177,13 +231,16 @@ class _Remote(io.RawIOBase):
         wanted = min(len(buffer), max(0, self.size - self.place))
         if not wanted:
             return 0
-        start, asked = self.place, 2 * wanted
+        start, attempts = self.place, 0
 
         def fetch(fs: Any, path: str) -> bytes:
-            # After a fault half as much is asked for, so that a connection that never lasts longer
-            # than some bytes still brings the file.
-            nonlocal asked
-            asked = min(wanted, max(asked // 2, _LEAST_BYTES))
+            # After a fault less is asked for, so that connections that never last longer than some
+            # bytes still bring the file; with every block that comes, more again.
+            nonlocal attempts
+            attempts += 1
+            if attempts > 1:
+                self.block = max(self.block // 4, _LEAST_BYTES)
+            asked = min(wanted, self.block)
             data: bytes = fs.cat_file(path, start=start, end=start + asked)
             if len(data) > asked:
                 raise NoRanges(
@@ -207,6 +264,8 @@ class _Remote(io.RawIOBase):
                 raise
             self.size = _found_shorter[self.address] = size
             return self.readinto(buffer)
+        if attempts == 1:
+            self.block = min(self.block + _LEAST_BYTES, _BLOCK_BYTES)
         buffer[: len(data)] = data
         self.place = start + len(data)
         return len(data)
@@ -215,12 +274,15 @@ class _Remote(io.RawIOBase):
 _found_shorter: dict[str, int] = {}  # sizes of files that end before the index says
 
 
-def _attempt(address: str, settings: Settings, at: int, fetch: Any) -> Any:
-    """What `fetch(file system, path)` returns, tried again after a fault that may pass."""
-    _check_secrets(address)
+def _attempt(address: str, settings: Settings, at: int, fetch: Any, *, whole: bool = False) -> Any:
+    """What `fetch(file system, path)` returns, tried again after a fault that may pass.
+
+    `whole`: it is a whole file and may take as long as it needs, if only bytes come.
+    """
+    check_address(address)
     for attempt in range(1, settings.attempts + 1):
         try:
-            fs, path = fsspec.core.url_to_fs(address, **_options(address, settings))
+            fs, path = fsspec.core.url_to_fs(address, **_options(address, settings, whole))
             if isinstance(getattr(fs, "retries", None), int):
                 fs.retries = 1  # s3fs's own attempts would multiply these
         except (ImportError, ValueError) as error:  # a missing package, a malformed address
@@ -235,34 +297,34 @@ def _attempt(address: str, settings: Settings, at: int, fetch: Any) -> Any:
             if attempt == settings.attempts:
                 reason = str(error) or type(error).__name__
                 raise Unreadable(
-                    f"{address} cannot be read at byte {at} after {attempt} attempts: {reason}"
+                    f"{address} cannot be read at byte {at} after {attempt} "
+                    f"attempt{'s' if attempt > 1 else ''}: {reason}"
                 ) from None
         time.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
     raise AssertionError("the last attempt returns or raises")
 
 
-def _options(address: str, settings: Settings) -> dict[str, Any]:
+def _options(address: str, settings: Settings, whole: bool) -> dict[str, Any]:
     scheme = address.partition("://")[0]
     if scheme in ("http", "https"):
         try:
-            timeout = _http_timeout(settings, _SLOWEST * settings.timeout)
+            import aiohttp
         except ImportError:
             raise UserError(
                 f"cannot open {address}: aiohttp is not installed: pip install 'sr_dist[remote]'"
             ) from None
+        timeout = aiohttp.ClientTimeout(
+            total=None if whole else _SLOWEST * settings.timeout,
+            sock_connect=settings.timeout,
+            sock_read=settings.timeout,
+        )
         # From the environment come the proxy and ~/.netrc.
         return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     if scheme == "s3":
+        logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it looks for keys
         timeouts = {"connect_timeout": settings.timeout, "read_timeout": settings.timeout}
         return {"config_kwargs": {**timeouts, "retries": {"total_max_attempts": 1}}}
     return {}
-
-
-def _http_timeout(settings: Settings, total: float | None) -> Any:
-    import aiohttp
-
-    each = settings.timeout
-    return aiohttp.ClientTimeout(total=total, sock_connect=each, sock_read=each)
 
 
 class _Cache:
@@ -285,7 +347,7 @@ class _Cache:
                 f"stream.cache_bytes is {self.settings.cache_bytes}, but {address} has {size} bytes"
             )
         key = hashlib.sha256(f"{address}\0{size}\0{sha256}".encode()).hexdigest()[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_cache(self.settings)
         path = self.folder / f"{key}.tar"
         while key not in _not_kept:
             with contextlib.suppress(FileNotFoundError):
@@ -325,10 +387,11 @@ class _Cache:
         try:
             with partial.open("wb") as file, io.BufferedReader(remote, _BLOCK_BYTES) as source:
                 shutil.copyfileobj(source, file, _BLOCK_BYTES)
-        except NoRanges:  # over http alone; the whole of it may take its time
-            whole = {"timeout": _http_timeout(self.settings, None)}
+        except NoRanges:
             _attempt(
-                address, self.settings, 0, lambda fs, path: fs.get_file(path, str(partial), **whole)
+                *(address, self.settings, 0),
+                lambda fs, path: fs.get_file(path, str(partial)),
+                whole=True,
             )
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # before it takes a name that is believed

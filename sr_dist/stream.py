@@ -77,8 +77,8 @@ class CropStream(IterableDataset[Any]):
                 else:
                     lr = images.downscale(hr, self.scale)
                 yield Batch(lr, hr, reader.report())
-        except DataError as error:
-            yield error
+        except UserError as error:
+            yield error if isinstance(error, DataError) else DataError(str(error))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +189,8 @@ class _Reader:
         """The samples of `segments`, those that cannot be read without a key.
 
         Raises:
-            DataError: not a shard is to blame, but the way to it. Never skipped: what took its
-                place would depend on the weather.
+            DataError: a shard is not there, or the way to it is to blame. Never skipped: what took
+                its place would depend on the weather.
         """
         index = self.stream.index
         for segment in segments:
@@ -230,14 +230,15 @@ class _Reader:
         return picture
 
     def _error(self, member: _Member, what: str) -> DataError:
-        sample = f": sample {member.sample.key}" if member.sample.key else ""
+        key = member.sample.key
+        number = member.number
+        said = f": sample {key} {what}" if key else f" {what}; its sample number {number} is lost"
         advice = (
-            "'python tools/make_shards.py verify' lists all that is wrong; write the shard again"
+            ". 'python tools/make_shards.py verify' lists all that is wrong; write the shard "
+            "again, or train without such samples with stream.on_error=skip."
         )
-        if self.stream.on_error == "stop":
-            advice += ", or train without such samples with stream.on_error=skip"
         address = self.stream.index.address(member.shard)
-        return DataError(f"shard {address}{sample} {what}. {advice}.")
+        return DataError(f"shard {address}{said}" + advice * (self.stream.on_error == "stop"))
 
 
 def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ _MOST_PICTURE_BYTES = 512 * 2**20
 _MOST_JSON_BYTES = 2**20
 _BLOCK = 512
 _MOST_EXTENSION = 2**20  # bytes of a long name or of extended headers
-_MOST_BYTES = 2**60  # of a member, so that places in the file are numbers that it can be asked for
+_MOST_BYTES = 2**40  # of a member, so that places in the file are numbers that it can be asked for
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _PAX, _PAX_GLOBAL = tarfile.XHDTYPE, tarfile.XGLTYPE
 

@@ -107,9 +107,17 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         problems = shards.check_files(index, reading)
         if problems and config.stream.on_error == "stop":
             more = f" ({len(problems)} shards are not as indexed)" if len(problems) > 1 else ""
-            raise UserError(f"shard {problems[0]}{more}; write the shards again")
+            raise UserError(
+                f"shard {problems[0]}{more}; write the shards again, or train on what can be read "
+                "of damaged ones with stream.on_error=skip"
+            )
         for problem in problems:
             log.warning("shard %s", problem)
+        if data.channels == 3 and evaluate.is_gray(data.validation, reading):
+            raise UserError(
+                f"{data.validation} holds gray pictures alone, but data.channels is 3; validate on "
+                "colour pictures, or train with data.channels 1"
+            )
         validation_pictures = evaluate.check(
             data.validation,
             scale=data.scale,
@@ -185,6 +193,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         return Result(folder, means if processes.is_main else [], skipped.count, protocol)
     tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
+        left_out = plan.left_out_per_epoch
         size = checkpoint.expected_bytes(networks.weights, networks.optimizers)
         free = checkpoint.check_room(folder, size, config.checkpoint.keep)
         log.info(
@@ -199,11 +208,11 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             free / 1e9,
         )
         log.info(
-            "training on %d samples in %d shard(s) (%d left out of each epoch, others each time), "
-            "%d crops of each: %d steps of %d crops an epoch; validation on %d pictures",
+            "training on %d samples in %d shard(s)%s, "
+            "%d crop(s) of each: %d steps of %d crops an epoch; validation on %d picture(s)",
             index.samples,
             len(index.shards),
-            plan.left_out_per_epoch,
+            f" ({left_out} left out of each epoch, others each time)" if left_out else "",
             plan.crops_per_image,
             steps_per_epoch,
             batch_size,
@@ -211,6 +220,8 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         )
         for setting in _without_effect(config, total_images):
             log.warning("without effect: %s", setting)
+        if index.channels > data.channels:
+            log.info("the shards hold colour pictures, which are trained on as luma")
         if first_weights is not None:
             log.info("starting from the generator of %s", config.train.start_from)
         if start is not None:
@@ -333,7 +344,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                 finally:
                     state = resuming.state_of(processes, networks, epoch_means, skipped, buffers)
                     now = resuming.Position(step, images_seen + batch_size, place)
-                    meta = resuming.meta_of(identity, processes, plan, now, measured)
+                    meta = resuming.meta_of(identity, processes, plan, now, measured, data.bits)
                     saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
                     saved_at = time.monotonic()
                 if stops:  # before any rank ends: launchers end the others then
@@ -361,7 +372,8 @@ def _without_effect(config: Config, total_images: int) -> list[str]:
     if not adversarial.weight:
         found += ["loss.adversarial.r1_weight, since weight is 0"] * bool(adversarial.r1_weight)
         found += ["train.ramp_images, since loss.adversarial.weight is 0"] * bool(train.ramp_images)
-    elif train.warmup_images >= total_images:
+    others = (adversarial.weight, config.loss.content.weight, config.loss.total_variation.weight)
+    if any(others) and train.warmup_images >= total_images:
         found.append(
             f"all losses but the pixel loss: the run ends after {total_images} images, and "
             f"train.warmup_images is {train.warmup_images}"

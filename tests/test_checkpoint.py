@@ -196,6 +196,16 @@ def test_weights_of_a_checkpoint_are_of_the_network_that_it_names(tmp_path: Path
         assert_same(found, saved)
 
 
+def test_the_bits_of_a_run_are_known(tmp_path: Path) -> None:
+    held = checkpoint.snapshot(
+        1, {"generator": generator()}, {}, {"generator": ARGUMENTS, "bits": 12}
+    )
+    folder = checkpoint.write(tmp_path / "run" / "checkpoints", held, keep=1, best=None)
+    assert generators.bits_of(folder) == generators.bits_of(tmp_path / "run") == 12
+    assert generators.bits_of(save(tmp_path, 3)) is None
+    assert generators.bits_of(tmp_path / "x.pth.tar") is None
+
+
 def test_files_that_hold_no_generator(tmp_path: Path) -> None:
     path = tmp_path / "x.pth.tar"
     with pytest.raises(UserError, match="does not exist; expected a run's folder"):

@@ -96,7 +96,6 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "flipped in a header": (flip(lambda s: s.offset + 3), "there is no tar header at byte"),
     "empty": (lambda tar: tar.write_bytes(b"") and None, "it is cut off at byte"),
-    "gone": (lambda tar: tar.unlink(), "is not there"),
     "a picture missing": (
         lambda tar: rewrite(tar, samples(tar)[4].key, webp=None),
         r"it holds \d+ samples from byte \d+ on, where the index has \d+",
@@ -164,6 +163,29 @@ def test_damage_is_skipped_alike_everywhere(
         for rank in range(2)
     ]
     assert_equal(skipping, joined(halves))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_missing_shard_is_never_skipped(sharded: Path, tmp_path: Path, on_error: str) -> None:
+    """It may be on its way: who trains on the rest must say so with another index."""
+    folder = Path(shutil.copytree(sharded, tmp_path / "out"))
+    (folder / "shard-000001.tar").unlink()
+    message = "shard-000001.tar is not there, though its index.json lists it. Run the same command"
+    with pytest.raises(stream.DataError, match=message):
+        read(folder, last=LAST, crops=1, on_error=on_error)
+
+
+def test_a_longer_file_is_read_as_far_as_the_index_says(sharded: Path, tmp_path: Path) -> None:
+    """As from afar, where no more is asked for."""
+    folder = Path(shutil.copytree(sharded, tmp_path / "out"))
+    tar = folder / "shard-000001.tar"
+    index = shards.read_index(str(folder))
+    shorter = dataclasses.replace(index.shards[1], bytes=index.shards[1].marks[5] + 700, marks=())
+    shorter = dataclasses.replace(shorter, mark_every=0)
+    held = dataclasses.replace(index, shards=(shorter,), root=str(folder))
+    found = [s.key for s in shards.read_range(held, 0, 0, shorter.count, storage.DEFAULT)]
+    whole = [sample.key for sample in samples(tar)]
+    assert found[:5] == whole[:5] and not any(found[6:]) and len(found) == len(whole)
 
 
 def test_verify_finds_it_beforehand(case: tuple[Path, str, object]) -> None:

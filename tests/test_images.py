@@ -201,6 +201,32 @@ def test_turned_tiffs(orientation: int, compression: str, tmp_path: Path) -> Non
             assert images.read_size(source) == turned.shape
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_signed_16_bits_are_refused(order: str) -> None:
+    """As a scanner writes them; Pillow itself writes none that are big-endian."""
+    signed = np.arange(-50, 50, dtype=f"{order}i2").reshape(10, 10)
+    tags = {256: 10, 257: 10, 258: 16, 259: 1, 262: 1, 273: 0, 277: 1, 278: 10, 279: 200, 339: 2}
+    entries = 2 + 12 * len(tags) + 4
+    tags[273] = 8 + entries
+    data = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    data += struct.pack(f"{order}H", len(tags))
+    for tag, value in sorted(tags.items()):
+        data += struct.pack(f"{order}HHII", tag, 4, 1, value)
+    data += bytes(4) + signed.tobytes()
+    with pytest.raises(images.PictureError, match="more than 8 bits a channel"):
+        images.decode(data, 1)
+
+
+def test_16_bits_a_pixel_are_not_16_bits_a_channel() -> None:
+    """A BMP of 5, 6 and 5 bits."""
+    pixels = np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], "<u2")
+    header = struct.pack("<IiiHHIIiiII", 40, 2, -2, 1, 16, 3, 8, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    data = b"BM" + struct.pack("<IHHI", 14 + 40 + 12 + 8, 0, 0, 14 + 40 + 12)
+    found = images.decode(data + header + masks + pixels.tobytes(), 3)
+    assert found.tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]]
+
+
 def test_16_bits_whose_white_is_0_are_refused() -> None:
     deep = np.zeros((40, 40), np.uint16)
     data = encoded(Image.fromarray(deep), "tiff", tiffinfo={262: 0})
@@ -211,11 +237,13 @@ def test_16_bits_whose_white_is_0_are_refused() -> None:
 def test_few_significant_bits_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     images._warn_of_bits.cache_clear()
     dark = np.full((2, 2, 1), 4095, np.uint16)
-    images.to_8_bits(dark, 12)
+    data = images.encode(dark, "png")
+    images.decode_8_bits(data, 1, 12)
     assert not caplog.messages
-    images.to_8_bits(dark, 16)
-    images.to_8_bits(dark, 16)
-    assert len(caplog.messages) == 1 and "values up to 4095, and 16 bits" in caplog.messages[0]
+    images.decode_8_bits(data, 1, 16)
+    images.decode_8_bits(data, 1, 16)
+    images.to_8_bits(dark, 16)  # of parts of pictures, which may be dark
+    assert len(caplog.messages) == 1 and "a quarter of the 16 bits" in caplog.messages[0]
 
 
 def test_8_bits_of_16() -> None:

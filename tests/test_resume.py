@@ -442,6 +442,6 @@ def test_skipped_samples_are_counted_once_through_a_stop_and_on_any_number_of_pr
             train.run(load(recipe, *overrides))
     done = train_on_two(recipe, *overrides)
     assert "going on from" in done.stderr and "step 20 of 36" in done.stderr
-    assert f"{expected} samples could not be used; others took their places" in done.stdout
+    assert f"{expected} sample(s) could not be used; others took their places" in done.stdout
     counted = scalars(tmp_path / "runs" / "stopped")["data/skipped"]
     assert counted == scalars(whole.folder)["data/skipped"]

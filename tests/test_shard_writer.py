@@ -309,5 +309,18 @@ def test_verify_finds_all_kinds_of_damage(sharded: Path, tmp_path: Path) -> None
     problems = indexing.verify(str(folder))
     assert any("shard-000000.tar: its sha256 is not" in problem for problem in problems)
     assert any("shard-000001.tar: 20000 bytes, the index says" in problem for problem in problems)
-    assert any("samples, the index says" in problem for problem in problems)
+    assert any("samples are lost by it, from number" in problem for problem in problems)
     assert any("shard-000002.tar: cannot be read" in problem for problem in problems)
+
+
+def test_verify_looks_behind_the_first_damage(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "out"))
+    tar = folder / "shard-000000.tar"
+    data = bytearray(tar.read_bytes())
+    marks = shards.read_index(str(folder)).shards[0].marks
+    for number in (4, 18):
+        data[marks[number] + 3] ^= 0x40  # in a header
+    tar.write_bytes(data)
+    lost = [problem for problem in indexing.verify(str(folder)) if "are lost by it" in problem]
+    assert len(lost) == 2
+    assert "from number 4 to 4" in lost[0] and "from number 18 to 18" in lost[1]

@@ -111,6 +111,37 @@ def test_connections_that_never_last_bring_the_file_all_the_same(server: Server)
         assert file.read() == body
 
 
+def test_blocks_stay_small_while_connections_are_short(server: Server) -> None:
+    body = os.urandom(3_000_000)
+    address = server.serve("/a.tar", data(body))
+
+    def brief(handler: local_server.Handler) -> None:
+        begin, _, final = handler.headers["Range"].removeprefix("bytes=").partition("-")
+        length = int(final) + 1 - int(begin)
+        span = f"bytes {begin}-{final}/{len(body)}"
+        handler.start(206, {"Content-Length": length, "Content-Range": span})
+        handler.wfile.write(body[int(begin) : int(begin) + min(length, 100_000)])
+        handler.close_connection = True
+
+    server.serve("/a.tar", brief)
+    with storage.open_file(address, storage.Settings(timeout=5), size=len(body)) as file:
+        assert file.read() == body
+    blocks = len(body) / 2**16
+    assert len(server.asked("/a.tar")) < 2.5 * blocks, "a block of 64 KiB, then a try of 128 KiB"
+
+
+def test_a_cache_that_cannot_be_is_no_damage(server: Server, sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", Path("/proc/nowhere")):
+        cached = storage.Settings(cache_dir=str(folder))
+        index = shards.read_index(served(server, sharded))
+        with pytest.raises(UserError, match=f"stream.cache_dir: cannot make the folder {folder}"):
+            shards.check_files(index, cached)
+        for workers in (0, 1):
+            with pytest.raises(UserError, match="stream.cache_dir: cannot make the folder"):
+                read(index.root, settings=cached, on_error="skip", num_workers=workers)
+
+
 def test_a_server_that_trickles_is_left(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_SLOWEST", 2)
     address = server.serve("/a.tar", local_server.endless(pause=0.1, piece=b"x"))
@@ -157,7 +188,9 @@ def test_servers_without_ranges_need_the_cache(
     address = server.address("/s")
     with pytest.raises(stream.DataError, match="does not answer range requests. Set stream.cache"):
         read(address, settings=QUICK)
-    cached = storage.Settings(attempts=2, timeout=2, cache_dir=str(tmp_path))
+    for path in sharded.glob("*.tar"):  # slow ones too
+        server.serve(f"/s/{path.name}", data(path.read_bytes(), ranges=False, delay=0.8))
+    cached = storage.Settings(attempts=1, timeout=2, cache_dir=str(tmp_path))
     assert_equal(read(sharded), read(address, settings=cached))
 
 
@@ -185,7 +218,7 @@ def served(server: Server, folder: Path) -> str:
     return serve(server, folder)
 
 
-@pytest.mark.parametrize("kind", ["shorter", "altered", "gone"])
+@pytest.mark.parametrize("kind", ["shorter", "altered"])
 @pytest.mark.parametrize("cached", [False, True], ids=["direct", "cached"])
 def test_damage_is_the_same_from_afar(
     server: Server, sharded: Path, tmp_path: Path, kind: str, cached: bool
@@ -195,12 +228,10 @@ def test_damage_is_the_same_from_afar(
     victim = folder / "shard-000001.tar"
     if kind == "shorter":
         victim.write_bytes(victim.read_bytes()[:-60_000])
-    elif kind == "altered":
+    else:
         altered = bytearray(victim.read_bytes())
         altered[70_000:70_600] = bytes(600)
         victim.write_bytes(altered)
-    else:
-        victim.unlink()
     address = served(server, folder)
     reading = storage.Settings(
         attempts=2, timeout=5, cache_dir=str(tmp_path / "cache") if cached else None
@@ -236,6 +267,10 @@ def test_what_a_killed_process_left_in_the_cache_is_removed(
         ("http://me:hush@h/s", "http://h/s"),
         ("https://h/s?token=hush", "https://h/s"),
         ("s3://key:hush@bucket/s", "s3://bucket/s"),
+        ("s3://bucket/s?sig=hush", "s3://bucket/s"),
+        ("http://h/s#hush", "http://h/s"),
+        ("http://me:hush@h/s/a.tar", "http://h/s"),
+        ("http://me:hush@h/s/a-{0..1.tar", "http://h/s"),
     ],
 )
 def test_secrets_in_addresses_are_refused_and_not_printed(address: str, shown: str) -> None:

@@ -429,6 +429,10 @@ def test_settings_without_effect_are_told(recipe: Path, caplog: pytest.LogCaptur
         "loss.adversarial.r1_weight, since weight is 0",
         "train.ramp_images, since loss.adversarial.weight is 0",
     ]
+    assert told("train.warmup_images=288", "loss.adversarial.weight=0") == [
+        "all losses but the pixel loss: the run ends after 288 images, and train.warmup_images "
+        "is 288"
+    ]
     late = ("optimizer.generator.schedule=multistep", "optimizer.generator.milestones=[9, 288]")
     assert told(*late) == ["optimizer.generator.milestones from 288 on, where the run ends"]
 

@@ -22,6 +22,8 @@ examples:
   python tools/make_shards.py verify data/shards
   python tools/make_shards.py --images /nfs/images --output /nfs/shards --dask tcp://host:8786
 
+index reads the headers of pictures, verify decodes all of them.
+
 Output: WebDataset tars (shard-000000.tar, …) with a picture and a .json for each sample, index.json
 with count, bytes and sha256 of each tar, and rejects.jsonl where pictures could not be used. The
 same pictures and options give the same bytes with any number of workers. A stopped run goes on with
@@ -189,8 +191,10 @@ def dask_workers(address: str) -> Iterator[Executor]:
 
 
 def index(given: list[str], min_size: int) -> None:
-    from sr_dist import indexing
+    from sr_dist import indexing, shards
 
+    if min_size < 1:
+        raise UserError(f"--min-size: expected 1 or more, found {min_size}")
     tars: list[Path] = []
     for path in map(Path, given):
         if path.is_dir():
@@ -202,7 +206,8 @@ def index(given: list[str], min_size: int) -> None:
     if not tars:
         raise UserError(f"no tars in {', '.join(given)}")
     target, unusable = indexing.index(tars, progress, min_size=min_size)
-    print(f"{target}: {len(tars)} shard(s)")
+    samples = shards.read_index(str(target)).samples
+    print(f"{target}: {samples} samples in {len(tars)} shard(s)")
     if unusable:
         print(f"{len(unusable)} sample(s) cannot be used; train with stream.on_error=skip:")
         print("\n".join(f"  {each}" for each in unusable[:_LISTED]))
@@ -211,12 +216,14 @@ def index(given: list[str], min_size: int) -> None:
 
 
 def verify(given: list[str]) -> None:
-    from sr_dist import indexing
+    from sr_dist import indexing, shards
 
     problems = [problem for address in given for problem in indexing.verify(address, progress)]
     if problems:
         raise UserError(f"{len(problems)} problem(s):\n  " + "\n  ".join(problems))
-    print("all shards are whole")
+    for address in given:
+        found = shards.read_index(address)
+        print(f"{address}: {found.samples} samples in {len(found.shards)} shard(s), all whole")
 
 
 if __name__ == "__main__":
