@@ -7,6 +7,8 @@ needs to go on, and `meta.json` with the hash of each file; `meta.json` is writt
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import logging
 import os
@@ -103,14 +105,15 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
     for stale in folder.glob("step-*.tmp"):  # of a run that was killed while it wrote
         shutil.rmtree(stale)
     partial.mkdir(parents=True)
+    # Through memory: written by torch itself, a full disk would be an error like any other.
+    training = io.BytesIO()
+    torch.save(held.training, training)
+    hashes = {TRAINING: _write_file(partial / TRAINING, training.getbuffer())}
     for name, state in held.weights.items():
-        # Not save_file, which leaves its files to their owner alone.
-        (partial / f"{name}.safetensors").write_bytes(safetensors.torch.save(state))
-    torch.save(held.training, partial / TRAINING)
-    hashes = {path.name: _sync_and_hash(path) for path in sorted(partial.iterdir())}
+        path = partial / f"{name}.safetensors"
+        hashes[path.name] = _write_file(path, safetensors.torch.save(state))
     text = json.dumps({"step": held.step, **held.meta, "sha256": hashes}, indent=1) + "\n"
-    (partial / META).write_text(text, encoding="utf-8")
-    _sync_and_hash(partial / META)
+    _write_file(partial / META, text.encode("utf-8"))
     _sync_folder(partial)
     shutil.rmtree(target, ignore_errors=True)  # of a stopped run that passed here before
     os.replace(partial, target)
@@ -333,10 +336,21 @@ def _step(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return storage.sha256_of_file(str(path))[0]
+def _write_file(path: Path, data: bytes | memoryview) -> str:
+    """Write a file, onto the disk, and return its sha256.
+
+    Raises:
+        OSError: with the file's name, also where the disk is full.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    return hashlib.sha256(data).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,7 +15,9 @@ INTERRUPTED = 130  # exit status of another that was stopped by Ctrl-C, as shell
 # What the system says of a path or a disk that is the user's to mend.
 _OF_THE_PLACE = {
     errno.EACCES,
+    errno.EDQUOT,
     errno.EEXIST,
+    errno.EFBIG,
     errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.ENOENT,

@@ -7,6 +7,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -131,24 +132,13 @@ def is_gray(data: str, reading: storage.Settings = storage.DEFAULT) -> bool:
     return True
 
 
-def check(
-    data: str,
-    *,
-    scale: int,
-    channels: int,
-    lr_folder: Path | None = None,
-    bits: int = 16,
-    reading: storage.Settings = storage.DEFAULT,
-) -> int:
-    """Read all that `read_pairs` will read. Returns the number of pairs.
+def check(data: str, **options: Any) -> int:
+    """Read all that `read_pairs` will read, given the same. Returns the number of pairs.
 
     Raises:
         UserError: as `read_pairs`.
     """
-    pairs = read_pairs(
-        data, scale=scale, channels=channels, lr_folder=lr_folder, bits=bits, reading=reading
-    )
-    return sum(1 for _ in pairs)
+    return sum(1 for _ in read_pairs(data, **options))
 
 
 def evaluate(

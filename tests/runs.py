@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import resource
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,17 @@ def saved(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
         for number, state in optimizer["state"].items():
             tensors |= {f"optimizer/{name}/{number}/{k}": v for k, v in state.items()}
     return tensors, found.meta
+
+
+@contextlib.contextmanager
+def full_disk(most: int = 20_000) -> Iterator[None]:
+    """No file can grow beyond `most` bytes, which a checkpoint's do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

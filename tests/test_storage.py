@@ -92,42 +92,29 @@ def test_a_cut_connection_goes_on_behind_the_last_block_that_came(
     assert asked[:3] == ["bytes=0-29999", "bytes=30000-59999", "bytes=30000-59999"]
 
 
-def test_connections_that_never_last_bring_the_file_all_the_same(server: Server) -> None:
-    """Each is cut after 200,000 bytes: of a block of two million none would ever come."""
-    body = os.urandom(3_000_000)
-    address = server.serve("/a.tar", data(body, sent=200_000))
+def brief(body: bytes, sent: int) -> Reply:
+    """Every connection is cut after so many bytes."""
 
-    def brief(handler: local_server.Handler) -> None:
+    def reply(handler: local_server.Handler) -> None:
         begin, _, final = handler.headers["Range"].removeprefix("bytes=").partition("-")
-        first, end = int(begin), min(int(final) + 1, len(body))
-        span = f"bytes {first}-{end - 1}/{len(body)}"
+        first, end = int(begin), int(final) + 1
+        span = f"bytes {first}-{final}/{len(body)}"
         handler.start(206, {"Content-Length": end - first, "Content-Range": span})
-        handler.wfile.write(body[first : min(end, first + 200_000)])
+        handler.wfile.write(body[first : min(end, first + sent)])
         handler.close_connection = True
 
-    server.serve("/a.tar", brief)
-    patient = storage.Settings(attempts=8, timeout=5)
-    with storage.open_file(address, patient, size=len(body)) as file:
-        assert file.read() == body
+    return reply
 
 
-def test_blocks_stay_small_while_connections_are_short(server: Server) -> None:
+def test_connections_that_never_last_bring_the_file_all_the_same(server: Server) -> None:
+    """Of a block of two million bytes none would ever come; blocks stay small meanwhile."""
     body = os.urandom(3_000_000)
-    address = server.serve("/a.tar", data(body))
-
-    def brief(handler: local_server.Handler) -> None:
-        begin, _, final = handler.headers["Range"].removeprefix("bytes=").partition("-")
-        length = int(final) + 1 - int(begin)
-        span = f"bytes {begin}-{final}/{len(body)}"
-        handler.start(206, {"Content-Length": length, "Content-Range": span})
-        handler.wfile.write(body[int(begin) : int(begin) + min(length, 100_000)])
-        handler.close_connection = True
-
-    server.serve("/a.tar", brief)
-    with storage.open_file(address, storage.Settings(timeout=5), size=len(body)) as file:
-        assert file.read() == body
+    for sent in (200_000, 100_000):
+        address = server.serve(f"/{sent}.tar", brief(body, sent))
+        with storage.open_file(address, storage.Settings(timeout=5), size=len(body)) as file:
+            assert file.read() == body
     blocks = len(body) / 2**16
-    assert len(server.asked("/a.tar")) < 2.5 * blocks, "a block of 64 KiB, then a try of 128 KiB"
+    assert len(server.asked("/100000.tar")) < 2.5 * blocks, "64 KiB, then a try of 128 KiB"
 
 
 def test_a_cache_that_cannot_be_is_no_damage(server: Server, sharded: Path, tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+#!/usr/bin/env python
+"""Train on two ranks while faults strike at random; compare with a run that met none.
+
+    python tests/soak.py                    20 faults, minutes long, a seed of its own
+    python tests/soak.py --seed 7 --faults 50
+
+Each fault ends the run, which is then started again by the same command: all ranks or one of them
+killed, a signal to stop to one of them, the newest checkpoint damaged after a kill, a disk that
+takes no more. At the end weights, optimisers, the CSV and TensorBoard's points are those of the
+unbroken run, bit for bit, or this script ends with an AssertionError that names the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sr_dist import dataset, images, shard_writer  # noqa: E402
+from tests.helpers import REPOSITORY  # noqa: E402
+from tests.runs import assert_same_run  # noqa: E402
+
+PATIENCE = 120  # seconds for anything; a run that hangs fails here
+RECIPE = """
+run: {{name: {name}, output_dir: {folder}/runs, timeout_minutes: 0.5}}
+data: {{train: {folder}/shards, validation: {folder}/images/chelsea.png, crop_size: 48,
+  crops_per_image: 1, num_workers: 1}}
+model:
+  generator: {{num_channels: 8, num_blocks: 1, global_skip: bicubic}}
+  discriminator: {{head: gap}}
+loss: {{content: {{weight: 0}}, adversarial: {{kind: bce}}}}
+train: {{epochs: {epochs}, global_batch_size: 8, warmup_images: 40, ema_half_life: 40}}
+tracking: {{log_every_steps: 2}}
+checkpoint: {{every_steps: 3, keep: 4}}
+"""
+
+
+def prepare(folder: Path) -> None:
+    for path in dataset.find_sample_photographs():
+        if path.name in ("astronaut.png", "chelsea.png", "coffee.png"):
+            images.save(images.decode(path, 3), folder / "images" / path.name)
+    options = shard_writer.Options(tile=64, samples_per_shard=60, min_size=48)
+    shard_writer.write(images.list_pictures(folder / "images"), folder / "shards", options)
+
+
+class Run:
+    """Two ranks under torchrun, slowed down so that they can be caught at a step."""
+
+    def __init__(self, recipe: Path, most_bytes: int | None = None) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
+        command += [str(REPOSITORY / "tests" / "workers" / "slow_steps.py"), str(recipe)]
+
+        def limit() -> None:
+            if most_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+        self.said = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            preexec_fn=limit,
+        )
+
+    def ranks(self) -> list[int]:
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children]
+
+    def steps(self, number: int) -> bool:
+        """Wait for `number` steps; False if the run ended before."""
+        assert self.process.stdout is not None
+        first: int | None = None
+        for line in self.process.stdout:
+            word, _, step = line.strip().partition(" ")
+            if word == "step" and step.isdigit():
+                first = int(step) if first is None else first
+                if int(step) >= first + number:
+                    return True
+        return False
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end: the launcher's status, and what was said."""
+        try:
+            self.process.communicate(timeout=PATIENCE)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.said.seek(0)
+        said = self.said.read()
+        self.said.close()
+        return self.process.returncode, said
+
+
+def kill_all(run: Run, chance: random.Random) -> None:
+    ranks = run.ranks()
+    os.killpg(run.process.pid, signal.SIGKILL)
+    for rank in ranks:  # which are in sessions of their own
+        try:
+            os.kill(rank, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    status, said = run.end()
+    assert status == -signal.SIGKILL, said
+
+
+def kill_one(run: Run, chance: random.Random) -> None:
+    os.kill(chance.choice(run.ranks()), signal.SIGKILL)
+    status, said = run.end()
+    assert status == 1, said
+
+
+def stop(run: Run, chance: random.Random) -> None:
+    number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+    os.kill(chance.choice(run.ranks()), number)
+    status, said = run.end()
+    assert status == 1 and "exitcode  : 75" in said, said
+    assert "the same command goes on from there" in said, said
+
+
+def damage(checkpoints: Path, chance: random.Random) -> str:
+    """Damage the newest checkpoint in one of several ways."""
+    newest = max(path for path in checkpoints.iterdir() if path.name.startswith("step-"))
+    victim = chance.choice(sorted(path for path in newest.iterdir() if path.is_file()))
+    way = chance.choice(["truncated", "altered", "deleted", "emptied"])
+    data = bytearray(victim.read_bytes())
+    if way == "truncated":
+        victim.write_bytes(data[: len(data) // 2])
+    elif way == "altered":
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif way == "deleted":
+        victim.unlink()
+    else:
+        victim.write_bytes(b"")
+    return f"{newest.name}/{victim.name} {way}"
+
+
+def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> None:
+    chance = random.Random(seed)
+    prepare(folder)
+    epochs = 1 + faults // 2  # of 18 steps; a fault lets about 6 pass
+    recipes = {}
+    for name in ("unbroken", "struck"):
+        recipes[name] = folder / f"{name}.yaml"
+        recipes[name].write_text(RECIPE.format(name=name, folder=folder, epochs=epochs))
+    status, said = Run(recipes["unbroken"]).end()
+    assert status == 0, said
+    checkpoints = folder / "runs" / "struck" / "checkpoints"
+    kinds = ["kill all", "kill one", "stop", "damage", "full disk"]
+    left = [kinds[number % len(kinds)] for number in range(faults)]
+    chance.shuffle(left)
+    began = time.monotonic()
+    for number, kind in enumerate(left, start=1):
+        # A disk that is full takes small files, and no checkpoint.
+        run = Run(recipes["struck"], most_bytes=60_000 if kind == "full disk" else None)
+        if kind == "full disk":
+            status, said = run.end()
+            assert status == 1 and "File too large" in said and "cannot use" in said, said
+            what = kind
+        else:
+            # Two steps beyond a checkpoint at the least, so that the run gets on.
+            assert run.steps(chance.randint(4, 8)), run.end()
+            what = kind
+            if kind == "stop":
+                stop(run, chance)
+            elif kind == "kill one":
+                kill_one(run, chance)
+            else:
+                kill_all(run, chance)
+            if kind == "damage":
+                what = damage(checkpoints, chance)
+        newest = max((path.name for path in checkpoints.glob("step-" + 8 * "[0-9]")), default="none")
+        say(f"{number:3} of {faults}  {time.monotonic() - began:5.0f} s  {what}; newest: {newest}")
+    status, said = Run(recipes["struck"]).end()
+    assert status == 0, said
+    assert_same_run(folder / "runs" / "unbroken", folder / "runs" / "struck")
+    say(f"{faults} faults, {18 * epochs} steps: all as in the unbroken run")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the faults")
+    parser.add_argument("--faults", type=int, default=20)
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    soak(folder, arguments.seed, arguments.faults, lambda line: print(line, flush=True))
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
