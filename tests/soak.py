@@ -185,7 +185,8 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
                 kill_all(run, chance)
             if kind == "damage":
                 what = damage(checkpoints, chance)
-        newest = max((path.name for path in checkpoints.glob("step-" + 8 * "[0-9]")), default="none")
+        whole = checkpoints.glob("step-" + 8 * "[0-9]")
+        newest = max((path.name for path in whole), default="none")
         say(f"{number:3} of {faults}  {time.monotonic() - began:5.0f} s  {what}; newest: {newest}")
     status, said = Run(recipes["struck"]).end()
     assert status == 0, said
