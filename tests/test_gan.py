@@ -146,6 +146,67 @@ def test_gradient_penalty_by_hand_and_in_the_step(
     assert all(torch.isfinite(g).all() for g in grads(networks.discriminator))  # type: ignore
 
 
+@pytest.mark.parametrize("kind", ["bce", "least_squares", "relativistic_average"])
+def test_the_discriminator_pays_what_the_settings_say(
+    processes: Processes, batch: tuple[Tensor, Tensor], kind: str
+) -> None:
+    """Its loss, R1 and their gradient, against the same computed by autograd alone."""
+    settings = {"kind": kind, "weight": 1.0, "label_smoothing": 0.2, "r1_weight": 3000.0}
+    networks = build(processes, discriminator="unet")
+    goal = objective(processes, adversarial=settings)
+    own = copy.deepcopy(networks.discriminator)
+    assert own is not None and networks.discriminator is not None
+    ((lr, hr),) = parts(batch)
+    sr = networks.generator(lr).detach()
+    scalars = gan.discriminator_step(processes, networks, goal, [(lr, hr)], sr)
+    hr = hr.requires_grad_()
+    gan._move_spectral_norms(own, True)
+    real = own(hr)
+    gan._move_spectral_norms(own, False)
+    fake = own(sr)
+    (slope,) = torch.autograd.grad(real.mean(dim=(1, 2, 3)).sum(), hr, create_graph=True)
+    penalty = 3000.0 * slope.square().sum(dim=(1, 2, 3)).mean() / 2
+    judged = losses.discriminator_adversarial(real, fake, kind, 0.2)
+    assert judged.item() != losses.discriminator_adversarial(real, fake, kind, 0.0).item()
+    (judged + penalty).backward()
+    assert float(scalars["loss/discriminator"]) == pytest.approx(judged.item(), rel=1e-5)
+    assert float(scalars["loss/r1"]) == pytest.approx(penalty.item(), rel=1e-4)
+    for found, expected in zip(grads(networks.discriminator), grads(own), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+    alone = copy.deepcopy(own)
+    alone.zero_grad()
+    losses.discriminator_adversarial(alone(hr), alone(sr), kind, 0.2).backward()
+    changes = [(a - b).abs().max() for a, b in zip(grads(own), grads(alone), strict=True)]
+    assert max(changes) > 1e-2, "R1 has a gradient of its own"
+
+
+def test_the_relativistic_generator_is_compared_with_hr(
+    processes: Processes, batch: tuple[Tensor, Tensor]
+) -> None:
+    networks = build(processes, discriminator="unet")
+    assert networks.discriminator is not None
+    networks.discriminator.eval()  # its forwards change nothing
+    goal = objective(processes, adversarial={"kind": "relativistic_average", "weight": 2.0})
+    ((lr, hr),) = parts(batch)
+    sr = networks.generator(lr)
+    terms = gan.generator_terms(processes, networks.discriminator, goal, sr, hr)
+    fake, real = networks.discriminator(sr), networks.discriminator(hr)
+    one, zero = torch.ones_like(fake), torch.zeros_like(fake)
+    entropy = nn.functional.binary_cross_entropy_with_logits
+    expected = (entropy(fake - real.mean(), one) + entropy(real - fake.mean(), zero)) / 2
+    assert float(terms["adversarial"]) == pytest.approx(2 * expected.item(), rel=1e-5)
+
+
+def test_settings_of_the_optimisers_can_change_on_the_way(processes: Processes) -> None:
+    networks = build(processes)
+    for clip, beta in ((1.0, 0.9), (0.5, 0.5), (None, 0.8)):
+        settings = {n: {**ADAMW, "clip_norm": clip, "beta1": beta} for n in networks.optimizers}
+        gan.apply_settings(networks, settings, 0, 1)
+        for optimizer in networks.optimizers.values():
+            (group,) = optimizer.param_groups
+            assert (group["clip_norm"], group["betas"][0]) == (clip, beta)
+
+
 @pytest.mark.parametrize("accumulation_steps", [2, 4])
 def test_parts_of_a_batch_add_up_to_it(
     processes: Processes, batch: tuple[Tensor, Tensor], accumulation_steps: int

@@ -465,6 +465,38 @@ def test_shards_from_afar_are_read_as_configured(
         train.run(load(recipe, *overrides, "run.name=other", "stream.cache_bytes=9"))
 
 
+def test_settings_reach_the_step_and_the_stream(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, steps, streams = gan.training_step, [], []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        steps.append((arguments[2], options["accumulation_steps"], options["keep_statistics"]))
+        return real(*arguments, **options)
+
+    class Watched(stream.CropStream):
+        def __init__(self, **options: Any) -> None:
+            streams.append(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(gan, "training_step", watched)
+    monkeypatch.setattr(stream, "CropStream", Watched)
+    overrides = ["train.epochs=1", "train.accumulation_steps=2", "train.on_nonfinite=skip"]
+    overrides += ["train.warmup_images=16", "train.ramp_images=80", "loss.adversarial.weight=0.5"]
+    overrides += ["loss.total_variation.weight=0.25", "data.bits=12", "stream.on_error=skip"]
+    overrides += ["data.degradation.noise_sigma=[1, 2]", "data.degradation.jpeg_quality=[30, 40]"]
+    train.run(load(recipe, *overrides))
+    assert {parts for _, parts, _ in steps} == {2} and {keeps for *_, keeps in steps} == {True}
+    weights = [objective.adversarial_weight for objective, *_ in steps]
+    assert weights[:2] == [0, 0] and 0 < weights[2] < 0.5 * 0.2 and weights[-1] == 0.5
+    variations = [objective.total_variation_weight for objective, *_ in steps]
+    assert variations[:3] == [0, 0, 0.25]
+    (made,) = streams
+    assert (made["bits"], made["on_error"], made["crop_size"]) == (12, "skip", 48)
+    worse = made["degradation"]
+    assert (worse.noise_sigma, worse.jpeg_quality) == ((1, 2), (30, 40))
+
+
 @pytest.mark.multiprocess
 def test_all_ranks_evaluate_to_the_same_numbers_as_one(
     recipe: Path, sharded: Path, photographs: Path, tmp_path: Path
