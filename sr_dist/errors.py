@@ -75,7 +75,7 @@ def exit_on_user_error(again: str = "") -> Iterator[None]:
         if (
             error.errno not in _OF_THE_PLACE
             or error.filename is None
-            and error.errno != errno.ENOSPC
+            and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         ):
             raise
         _say(f"cannot use {error.filename or 'the disk'}: {error.strerror}")

@@ -12,6 +12,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
     It is on the disk before it takes its name. The partial file has a name of its own, so several
     processes may write the same file.
+
+    Raises:
+        OSError: with the file's name, also where the disk is full.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,5 +25,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
