@@ -120,7 +120,7 @@ def collect(
     rejects: list[tuple[str, str]] = []
     for path, relative in progress(pictures, "collecting", len(pictures)):
         try:
-            images.decode(path, images.own_channels(path))
+            images.decode(path, images.header(path).channels)
             digest = _hash(path)
         except images.PictureError as error:
             rejects.append((str(path), str(error)))

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from sr_dist import images, metrics, shards, storage, upscale
+from sr_dist import images, metrics, shard_reader, shards, storage, upscale
 from sr_dist.errors import UserError
 
 Distance = Callable[[images.Picture, images.Picture], float]
@@ -125,7 +125,7 @@ def is_gray(data: str, reading: storage.Settings = storage.DEFAULT) -> bool:
     """
     for name, source in _sources(data, reading):
         try:
-            if images.own_channels(source) == 3:
+            if images.header(source).channels == 3:
                 return False
         except images.PictureError as error:
             raise UserError(f"{data}: {name} {error}") from None
@@ -246,12 +246,12 @@ def _sources(data: str, reading: storage.Settings) -> Iterator[tuple[str, bytes 
     for number, shard in enumerate(index.shards):
         address = index.address(number)
         try:
-            for sample in shards.read_range(index, number, 0, shard.count, reading):
+            for sample in shard_reader.read_range(index, number, 0, shard.count, reading):
                 if sample.problem:
                     what = f"sample {sample.key} {sample.problem}" if sample.key else sample.problem
                     raise UserError(f"shard {address}: {what}")
                 yield f"{Path(shard.name).stem}/{sample.key}", sample.picture
-        except shards.UnreadableShard as error:
+        except shard_reader.UnreadableShard as error:
             raise UserError(f"shard {address} {error}") from None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sr_dist import shards, storage
+from sr_dist import shard_reader, shards, storage
 from sr_dist.distributed import Processes
 from sr_dist.errors import UserError
 
@@ -121,8 +121,8 @@ def _names(
     names = []
     for shard, sample, _ in shards.samples_of_step(plan, step):
         try:
-            key = next(shards.read_range(index, shard, sample, sample + 1, reading)).key
-        except shards.UnreadableShard:
+            key = next(shard_reader.read_range(index, shard, sample, sample + 1, reading)).key
+        except shard_reader.UnreadableShard:
             key = ""
         names.append(f"{index.shards[shard].name}/{key or f'number {sample}'}")
     return names

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -113,21 +114,32 @@ def list_pictures(source: Path) -> list[tuple[Path, str]]:
     return [(source.parent / name, name) for name in sorted(set(names))]
 
 
-def read_size(source: bytes | Path) -> tuple[int, int]:
-    """(height, width) after EXIF orientation. Decodes no more than that needs: PNGs, and turned
-    TIFFs, whole.
+class Header(NamedTuple):
+    """What is known of a picture before it is decoded."""
+
+    height: int  # after EXIF orientation
+    width: int
+    channels: int  # 1 for gray, 3 for another
+    deep: bool  # 16-bit gray
+
+
+def header(source: bytes | Path) -> Header:
+    """Decodes no more than it needs: PNGs, and turned TIFFs, whole.
 
     Raises:
         PictureError: the header cannot be read, or the picture is of a kind that is refused.
     """
     with _open(source) as image:
+        deep = _is_deep(image)
+        channels = 1 if image.mode in _GRAY_MODES or deep else 3
         turned = _orientation(image) in _TRANSPOSING_ORIENTATIONS
         if turned and image.format == "TIFF":  # whose size Pillow turns, or not, by its version
             _load(image)
             image = _upright(image)
             turned = False
         width, height = image.size
-    return (width, height) if turned else (height, width)
+    height, width = (width, height) if turned else (height, width)
+    return Header(height, width, channels, deep)
 
 
 def decode(source: bytes | Path, channels: int) -> Picture | DeepPicture:
@@ -181,26 +193,6 @@ def _warn_of_bits(bits: int) -> None:
         "significant: if the scanner gives fewer, say so with data.bits (in commands --bits)",
         bits,
     )
-
-
-def own_channels(source: bytes | Path) -> int:
-    """1 for a gray picture, 3 for another.
-
-    Raises:
-        PictureError: the header cannot be read, or the picture is of a kind that is refused.
-    """
-    with _open(source) as image:
-        return 1 if image.mode in _GRAY_MODES or _is_deep(image) else 3
-
-
-def is_deep(source: bytes | Path) -> bool:
-    """Whether it is 16-bit gray.
-
-    Raises:
-        PictureError: the header cannot be read, or the picture is of a kind that is refused.
-    """
-    with _open(source) as image:
-        return _is_deep(image)
 
 
 def decode_with_alpha(source: bytes | Path, bits: int = 16) -> tuple[Picture, Picture | None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sr_dist import files, images, shards, storage, tars
+from sr_dist import files, images, shard_reader, shards, storage, tars
 from sr_dist.errors import UserError
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what, total) → items
@@ -44,18 +44,19 @@ def index(
     for tar in progress(paths, "indexing", len(paths)):
         offsets = []
         try:
-            for sample in shards.read_samples(str(tar)):
+            for sample in shard_reader.read_samples(str(tar)):
                 offsets.append(sample.offset)
                 try:
-                    sides.append(_side(sample, min_size))
-                    channels = max(channels, images.own_channels(sample.picture))
-                    if images.is_deep(sample.picture):
+                    header = _header(sample, min_size)
+                    sides.append(min(header.height, header.width))
+                    channels = max(channels, header.channels)
+                    if header.deep:
                         deep.append(
                             f"{tar}: sample {sample.key} is 16-bit gray, others have colour"
                         )
                 except images.PictureError as error:
                     unusable.append(f"{tar}: sample {sample.key} {error}")
-        except shards.DamagedShard as error:
+        except shard_reader.DamagedShard as error:
             raise UserError(f"{tar} {error}") from None
         digest, size = storage.sha256_of_file(str(tar))
         shard = shards.Shard(tar.name, len(offsets), size, digest)
@@ -69,18 +70,19 @@ def index(
     return target, unusable
 
 
-def _side(sample: tars.Sample, least: int) -> int:
-    """The short side of a sample's picture, pixels.
+def _header(sample: tars.Sample, least: int) -> images.Header:
+    """That of a sample's picture.
 
     Raises:
         PictureError: it cannot be used.
     """
     if sample.problem:
         raise images.PictureError(sample.problem)
-    height, width = images.read_size(sample.picture)
-    if min(height, width) < least:
-        raise images.PictureError(f"is {width}x{height} pixels; expected {least} on a side")
-    return min(height, width)
+    header = images.header(sample.picture)
+    if min(header.height, header.width) < least:
+        size = f"{header.width}x{header.height}"
+        raise images.PictureError(f"is {size} pixels; expected {least} on a side")
+    return header
 
 
 def verify(address: str, progress: Progress = lambda items, what, total: items) -> list[str]:
@@ -102,14 +104,14 @@ def verify(address: str, progress: Progress = lambda items, what, total: items) 
         elif digest != shard.sha256:
             problems.append(f"{where}: its sha256 is not the index's; its bytes were changed")
         lost: dict[str, list[int]] = {}
-        samples = shards.read_range(found, number, 0, shard.count, storage.DEFAULT)
+        samples = shard_reader.read_range(found, number, 0, shard.count, storage.DEFAULT)
         try:
             for place, sample in enumerate(samples):
                 if sample.key:
                     problems += _picture_problems(where, sample, found)
                 else:
                     lost.setdefault(sample.problem, []).append(place)
-        except shards.UnreadableShard as error:
+        except shard_reader.UnreadableShard as error:
             problems.append(f"{where} {error}")
         problems += [
             f"{where} {problem}; {len(places)} of {shard.count} samples are lost by it, from "

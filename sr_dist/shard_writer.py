@@ -273,7 +273,7 @@ def _probe(options: Options, picture: tuple[Path, str]) -> _Source:
         return _Source(path, name, reject=f"cannot be read: {error.strerror}")
     source = _Source(path, name, digest, size)
     try:
-        height, width = images.read_size(path)
+        height, width, *_ = images.header(path)
     except images.PictureError as error:
         return dataclasses.replace(source, reject=str(error))
     if min(height, width) < options.min_size:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sr_dist import images, shards, storage, tars
+from sr_dist import images, shard_reader, shards, storage, tars
 from sr_dist.degradation import Degradation, degrade
 from sr_dist.errors import UserError
 
@@ -194,13 +194,13 @@ class _Reader:
         """
         index = self.stream.index
         for segment in segments:
-            samples = shards.read_range(
+            samples = shard_reader.read_range(
                 index, segment.shard, segment.start, segment.stop, self.stream.settings
             )
             try:
                 for number, sample in enumerate(samples, segment.start):
                     yield _Member(segment.shard, number, sample)
-            except shards.UnreadableShard as error:
+            except shard_reader.UnreadableShard as error:
                 raise DataError(
                     f"shard {index.address(segment.shard)} {error}. Run the same command to go on "
                     "from the last checkpoint."

@@ -25,6 +25,7 @@ from sr_dist import (
     models,
     resuming,
     settings,
+    shard_reader,
     shards,
     storage,
     stream,
@@ -104,7 +105,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         crop_size=data.crop_size,
     )
     if processes.is_main:
-        problems = shards.check_files(index, reading)
+        problems = shard_reader.check_files(index, reading)
         if problems and config.stream.on_error == "stop":
             more = f" ({len(problems)} shards are not as indexed)" if len(problems) > 1 else ""
             raise UserError(

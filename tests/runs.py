@@ -21,6 +21,7 @@ from sr_dist import (
 )
 from tests.helpers import REPOSITORY, run
 
+Done = subprocess.CompletedProcess[str]
 TWO_PROCESSES = REPOSITORY / "launch" / "accelerate" / "cpu_2_processes.yaml"
 ONE_PROCESS = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
 
@@ -80,12 +81,16 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(gan, "training_step", stopping)
 
 
-def train_on_two(recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES, REPOSITORY / "launch/train.py"),
-        *("--config", recipe, *overrides),
+def launch(processes: Path, script: str | Path, *words: str | Path) -> Done:
+    """`accelerate launch` of a script of the repository, by a file of launch/accelerate/."""
+    return run(
+        *("accelerate", "launch", "--config_file", processes, REPOSITORY / script, *words),
         timeout=240,
     )
+
+
+def train_on_two(recipe: Path, *overrides: str) -> Done:
+    done = launch(TWO_PROCESSES, "launch/train.py", "--config", recipe, *overrides)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -107,7 +107,7 @@ class Run:
         return self.process.returncode, said
 
 
-def kill_all(run: Run, chance: random.Random) -> None:
+def kill_all(run: Run) -> None:
     ranks = run.ranks()
     os.killpg(run.process.pid, signal.SIGKILL)
     for rank in ranks:  # which are in sessions of their own
@@ -182,7 +182,7 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
             elif kind == "kill one":
                 kill_one(run, chance)
             else:
-                kill_all(run, chance)
+                kill_all(run)
             if kind == "damage":
                 what = damage(checkpoints, chance)
         whole = checkpoints.glob("step-" + 8 * "[0-9]")

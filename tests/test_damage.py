@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import images, indexing, shards, storage, stream, tars
+from sr_dist import images, indexing, shard_reader, shards, storage, stream, tars
 from tests.streams import assert_equal, joined, read, read_batches
 
 
 def samples(tar: Path) -> list[tars.Sample]:
-    return list(shards.read_samples(str(tar)))
+    return list(shard_reader.read_samples(str(tar)))
 
 
 def rewrite(tar: Path, key: str, **members: bytes | None) -> None:
@@ -183,7 +183,7 @@ def test_a_longer_file_is_read_as_far_as_the_index_says(sharded: Path, tmp_path:
     shorter = dataclasses.replace(index.shards[1], bytes=index.shards[1].marks[5] + 700, marks=())
     shorter = dataclasses.replace(shorter, mark_every=0)
     held = dataclasses.replace(index, shards=(shorter,), root=str(folder))
-    found = [s.key for s in shards.read_range(held, 0, 0, shorter.count, storage.DEFAULT)]
+    found = [s.key for s in shard_reader.read_range(held, 0, 0, shorter.count, storage.DEFAULT)]
     whole = [sample.key for sample in samples(tar)]
     assert found[:5] == whole[:5] and not any(found[6:]) and len(found) == len(whole)
 
@@ -224,7 +224,7 @@ def test_more_samples_than_the_index_has_are_noticed(sharded: Path, tmp_path: Pa
     coarse = dataclasses.replace(coarse, count=shard.count - 1)
     found = dataclasses.replace(index, shards=(coarse,))
     stretch = coarse.stretch(3)
-    read = list(shards.read_range(found, 0, 0, coarse.count, storage.DEFAULT))
+    read = list(shard_reader.read_range(found, 0, 0, coarse.count, storage.DEFAULT))
     assert len(read) == coarse.count
     lost = [number for number, sample in enumerate(read) if not sample.key]
     assert lost == [stretch.last - 1]

@@ -42,7 +42,7 @@ def test_decode_applies_orientation(picture: images.Picture) -> None:
     exif[0x0112] = 6  # to be turned clockwise
     data = encoded(Image.fromarray(picture), exif=exif)
     assert np.array_equal(images.decode(data, 3), np.rot90(picture, -1))
-    assert images.read_size(data) == (80, 64)
+    assert images.header(data)[:2] == (80, 64)
 
 
 def test_decode_of_other_modes(picture: images.Picture) -> None:
@@ -172,8 +172,8 @@ def test_16_bit_gray_is_read_exactly(kind: str) -> None:
         data = encoded(image, kind)
     decoded = images.decode(data, 1)
     assert decoded.dtype == np.uint16 and np.array_equal(decoded[..., 0], deep)
-    assert images.own_channels(data) == 1
-    assert images.read_size(data) == (64, 80)
+    assert images.header(data).channels == 1
+    assert images.header(data)[:2] == (64, 80)
     shown, alpha = images.decode_with_alpha(data, 16)
     assert alpha is None and shown.dtype == np.uint8
     assert np.array_equal(shown[..., 0], (deep / 257).round().astype(np.uint8))
@@ -198,7 +198,7 @@ def test_turned_tiffs(orientation: int, compression: str, tmp_path: Path) -> Non
         for source in (path, path.read_bytes()):
             found = images.decode(source, 3 if kind == "RGB" else 1)
             assert np.array_equal(found[..., 0], turned), f"{kind}"
-            assert images.read_size(source) == turned.shape
+            assert images.header(source)[:2] == turned.shape
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -266,7 +266,7 @@ def test_formats_that_are_not_named_are_not_tried(
     started = []
     monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
     (tmp_path / "a.png").write_bytes(data + bytes(200))
-    for read in (images.read_size, images.own_channels, images.decode_with_alpha):
+    for read in (images.header, images.decode_with_alpha):
         with pytest.raises(images.PictureError, match="of no known format"):
             read(tmp_path / "a.png")
     assert not started
@@ -303,7 +303,7 @@ def test_damaged_bytes_only_ever_raise_picture_errors(picture: images.Picture) -
             for place in random.integers(min(len(data), 400), size=3):
                 damaged[place] = int(random.integers(256))
             damaged = damaged[: int(random.integers(1, len(data) * 2))]
-            for read in (images.read_size, images.decode_with_alpha, lambda d: images.decode(d, 3)):
+            for read in (images.header, images.decode_with_alpha, lambda d: images.decode(d, 3)):
                 try:
                     read(bytes(damaged))
                 except images.PictureError:

@@ -18,7 +18,7 @@ LEVELS = [
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},
     {"config", "models", "losses", "metrics", "shards", "degradation", "download"},
-    {"model_files"},
+    {"model_files", "shard_reader"},
     {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale", "lpips"}
     | {"finite", "indexing"},
     {"generators"},

@@ -21,17 +21,19 @@ from sr_dist import (
     checkpoint,
     gan,
     images,
+    shard_reader,
     shard_writer,
     shards,
     train,
 )
 from sr_dist.errors import UserError
-from tests.helpers import REPOSITORY, free_port, run, succeed
+from tests.helpers import REPOSITORY, free_port, succeed
 from tests.runs import (
     ONE_PROCESS,
     TWO_PROCESSES,
     assert_same_run,
     full_disk,
+    launch,
     load,
     rows,
     saved,
@@ -298,11 +300,7 @@ def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_path: Path) -> None:
     for epochs, launcher in ((1, TWO_PROCESSES), (2, ONE_PROCESS), (3, TWO_PROCESSES)):
-        done = run(
-            *("accelerate", "launch", "--config_file", launcher, REPOSITORY / "launch/train.py"),
-            *("--config", recipe, f"train.epochs={epochs}"),
-            timeout=180,
-        )
+        done = launch(launcher, "launch/train.py", "--config", recipe, f"train.epochs={epochs}")
         assert done.returncode == 0, done.stderr
     assert [row["Epoch"] for row in rows(tmp_path / "runs/small")] == ["1", "2", "3"]
     assert saved(tmp_path / "runs/small")[1]["world_size"] == 2
@@ -408,11 +406,7 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
 @pytest.mark.multiprocess
 def test_ranks_that_would_start_apart_are_told_so(recipe: Path, tmp_path: Path) -> None:
     train.run(load(recipe, "train.epochs=1"))
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
-        *(REPOSITORY / "tests" / "workers" / "start_apart.py", recipe),
-        timeout=180,
-    )
+    done = launch(TWO_PROCESSES, "tests/workers/start_apart.py", recipe)
     assert done.returncode != 0
     assert "must lie on storage that all machines share" in done.stderr
 
@@ -424,7 +418,7 @@ def test_skipped_samples_are_counted_once_through_a_stop_and_on_any_number_of_pr
     damaged = Path(shutil.copytree(sharded, tmp_path / "damaged"))
     for tar in damaged.glob("*.tar"):
         data = bytearray(tar.read_bytes())
-        for sample in list(shards.read_samples(str(tar)))[3:20:4]:
+        for sample in list(shard_reader.read_samples(str(tar)))[3:20:4]:
             data[sample.offset + 512 + len(sample.picture) // 2] ^= 1
         tar.write_bytes(data)
     overrides = (f"data.train={damaged}", "stream.on_error=skip")

@@ -12,7 +12,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sr_dist import images, indexing, shard_writer, shards, storage, stream, tars
+from sr_dist import images, indexing, shard_reader, shard_writer, shards, storage, stream, tars
 from sr_dist.errors import UserError
 from sr_dist.shard_writer import Options
 from tests.helpers import contents
@@ -33,7 +33,7 @@ def write(source: Path, output: Path, workers: int = 1, strict: bool = False, **
 def samples(folder: Path) -> list[tars.Sample]:
     found = []
     for tar in sorted(folder.glob("*.tar")):
-        found += list(shards.read_samples(str(tar)))
+        found += list(shard_reader.read_samples(str(tar)))
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sr_dist import shards, storage
+from sr_dist import shard_reader, shards, storage
 from sr_dist.errors import UserError
 from tests.helpers import REPOSITORY
 
@@ -212,15 +212,15 @@ def test_index_reads_back_from_folder_and_file(sharded: Path) -> None:
 def test_marks_say_where_samples_begin(sharded: Path) -> None:
     found = shards.read_index(str(sharded))
     for number, shard in enumerate(found.shards):
-        samples = list(shards.read_samples(found.address(number)))
+        samples = list(shard_reader.read_samples(found.address(number)))
         assert shard.mark_every == 1 and shard.marks == tuple(s.offset for s in samples)
         for most in (100, 6, 1):
             described = shards.mark(shard, shard.marks, most)
             held = dataclasses.replace(found, shards=(described,))
             for start in (0, 1, 7, len(samples) - 1):
-                later = shards.read_range(held, 0, start, len(samples), storage.DEFAULT)
+                later = shard_reader.read_range(held, 0, start, len(samples), storage.DEFAULT)
                 assert list(later) == samples[start:]
-            some = shards.read_range(held, 0, 3, 9, storage.DEFAULT)
+            some = shard_reader.read_range(held, 0, 3, 9, storage.DEFAULT)
             assert list(some) == samples[3:9]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sr_dist import shards, storage, stream
+from sr_dist import shard_reader, shards, storage, stream
 from sr_dist.errors import UserError
 from tests import local_server
 from tests.helpers import free_port
@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_is_no_damage(server: Server, sharded: Path, tmp_
         cached = storage.Settings(cache_dir=str(folder))
         index = shards.read_index(served(server, sharded))
         with pytest.raises(UserError, match=f"stream.cache_dir: cannot make the folder {folder}"):
-            shards.check_files(index, cached)
+            shard_reader.check_files(index, cached)
         for workers in (0, 1):
             with pytest.raises(UserError, match="stream.cache_dir: cannot make the folder"):
                 read(index.root, settings=cached, on_error="skip", num_workers=workers)
@@ -296,7 +296,7 @@ def test_the_cache_keeps_to_its_size(server: Server, sharded: Path, tmp_path: Pa
     with pytest.raises(UserError, match=f"cache_bytes is {sizes[0] - 1}, but .* has {sizes[0]}"):
         storage.open_file(index.address(0), small, size=sizes[0], sha256=index.shards[0].sha256)
     with pytest.raises(UserError, match=message):  # before a run begins
-        shards.check_files(index, small)
+        shard_reader.check_files(index, small)
 
 
 def _use_all(address: str, folder: str, order: list[int]) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import webdataset
 
-from sr_dist import images, indexing, shard_writer, shards, stream
+from sr_dist import images, indexing, shard_reader, shard_writer, shards, stream
 from sr_dist.degradation import Degradation
 from sr_dist.errors import UserError
 from tests.streams import assert_equal, joined, read, read_batches, stream_of
@@ -28,7 +28,7 @@ def test_crops_are_those_that_the_plan_names(sharded: Path) -> None:
     firsts = np.concatenate([[0], np.cumsum(plan.counts)])
     for step, (_, hr) in enumerate(read(sharded)):
         for row, (shard, sample, crop) in enumerate(shards.samples_of_step(plan, step)):
-            data = list(shards.read_samples(index.address(shard)))[sample].picture
+            data = list(shard_reader.read_samples(index.address(shard)))[sample].picture
             random = np.random.default_rng([3, 0, int(firsts[shard]) + sample, crop])
             expected = images.random_crop(images.decode(data, 3), 48, random)
             assert np.array_equal(images.to_pictures(hr)[row], expected)

@@ -23,17 +23,19 @@ from sr_dist import (
     generators,
     images,
     models,
+    shard_reader,
     shards,
     storage,
     stream,
     train,
 )
 from sr_dist.errors import UserError
-from tests.helpers import REPOSITORY, refuse, run, succeed
+from tests.helpers import REPOSITORY, refuse, succeed
 from tests.local_server import Server, data, status
 from tests.runs import (
     ONE_PROCESS,
     TWO_PROCESSES,
+    launch,
     load,
     rows,
     saved,
@@ -298,7 +300,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(
     names = finite._names(index, plan, 5, storage.DEFAULT)
     assert len(names) == 8 and ", ".join(names) in message
     shard, key = names[0].split("/")
-    keys = [s.key for s in shards.read_samples(f"{index.root}/{shard}")]
+    keys = [s.key for s in shard_reader.read_samples(f"{index.root}/{shard}")]
     assert key in keys
     assert saved(Path(load(recipe).run.output_dir) / "small")[1]["step"] == 4
     monkeypatch.undo()
@@ -328,21 +330,19 @@ def test_skipping_goes_on_as_if_the_step_had_not_been(
 
 @pytest.mark.multiprocess
 def test_what_is_not_finite_on_one_rank_is_left_out_on_all(recipe: Path, tmp_path: Path) -> None:
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
-        *(REPOSITORY / "tests" / "workers" / "poisoned_rank.py", recipe, "run.name=skips"),
-        *("train.on_nonfinite=skip", "train.epochs=1"),
-        timeout=180,
+    done = launch(
+        TWO_PROCESSES,
+        "tests/workers/poisoned_rank.py",
+        recipe,
+        "run.name=skips",
+        "train.on_nonfinite=skip",
+        "train.epochs=1",
     )
     assert done.returncode == 0, done.stderr
     tensors, _ = saved(tmp_path / "runs/skips")
     assert tensors["optimizer/generator/0/step"] == 17
     assert all(torch.isfinite(value).all() for value in tensors.values())
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
-        *(REPOSITORY / "tests" / "workers" / "poisoned_rank.py", recipe, "run.name=stops"),
-        timeout=180,
-    )
+    done = launch(TWO_PROCESSES, "tests/workers/poisoned_rank.py", recipe, "run.name=stops")
     assert done.returncode != 0
     assert done.stderr.count("not finite at step 5: loss/generator, loss/pixel of rank 1, on") == 1
     assert 'poisoned_rank.py", line' not in done.stderr, "no traceback of ours"
@@ -394,10 +394,14 @@ def test_two_processes_train_the_run_of_one(recipe: Path, tmp_path: Path) -> Non
     """Without BatchNorm, 2 ranks of 4 crops do what 1 rank of 8 does, to float tolerance."""
     overrides = ("model.generator.norm=none", "loss.adversarial.weight=0", "train.epochs=1")
     for name, launcher in (("one", ONE_PROCESS), ("two", TWO_PROCESSES)):
-        done = run(
-            *("accelerate", "launch", "--config_file", launcher, REPOSITORY / "launch/train.py"),
-            *("--config", recipe, f"run.name={name}", "train.warmup_images=0", *overrides),
-            timeout=180,
+        done = launch(
+            launcher,
+            "launch/train.py",
+            "--config",
+            recipe,
+            f"run.name={name}",
+            "train.warmup_images=0",
+            *overrides,
         )
         assert done.returncode == 0, done.stderr
         assert {"one": "1 process on cpu", "two": "2 processes on cpu"}[name] in done.stderr
@@ -515,11 +519,14 @@ def test_all_ranks_evaluate_to_the_same_numbers_as_one(
     (tmp_path / "val").mkdir()
     for number in range(4):
         shutil.copy(photographs / "chelsea.png", tmp_path / "val" / f"{number}.png")
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
-        *(REPOSITORY / "tests" / "workers" / "loses_a_picture.py", tmp_path / "val" / "3.png"),
-        *(recipe, f"data.validation={tmp_path}/val", "evaluation.ranks=all", "run.name=broken"),
-        timeout=180,
+    done = launch(
+        TWO_PROCESSES,
+        "tests/workers/loses_a_picture.py",
+        tmp_path / "val" / "3.png",
+        recipe,
+        f"data.validation={tmp_path}/val",
+        "evaluation.ranks=all",
+        "run.name=broken",
     )
     assert done.returncode != 0
     assert "3.png" in done.stderr and "another rank could not evaluate" in done.stderr
@@ -528,27 +535,15 @@ def test_all_ranks_evaluate_to_the_same_numbers_as_one(
 
 @pytest.mark.multiprocess
 def test_a_mistake_that_one_rank_meets_is_said_once(recipe: Path) -> None:
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
-        *(REPOSITORY / "tests" / "workers" / "one_mistake.py",),
-        timeout=180,
-    )
+    done = launch(TWO_PROCESSES, "tests/workers/one_mistake.py")
     assert done.stderr.count("error (rank 1): only here") == 1
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
-        *(REPOSITORY / "tests" / "workers" / "one_mistake.py", "everywhere"),
-        timeout=180,
-    )
+    done = launch(TWO_PROCESSES, "tests/workers/one_mistake.py", "everywhere")
     assert done.stderr.count("everywhere alike") == 1
 
 
 @pytest.mark.multiprocess
 def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES),
-        REPOSITORY / "tests" / "workers" / "ranks_agree.py",
-        timeout=180,
-    )
+    done = launch(TWO_PROCESSES, "tests/workers/ranks_agree.py")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["world_size"] == 2
@@ -563,11 +558,7 @@ def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_batch_that_does_not_divide_is_refused(recipe: Path) -> None:
-    done = run(
-        *("accelerate", "launch", "--config_file", TWO_PROCESSES, REPOSITORY / "launch/train.py"),
-        *("--config", recipe, "train.global_batch_size=7"),
-        timeout=180,
-    )
+    done = launch(TWO_PROCESSES, "launch/train.py", "--config", recipe, "train.global_batch_size=7")
     assert done.returncode != 0
     assert done.stderr.count("global_batch_size 7 does not divide among 2 processes") == 1
 
