@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 _BLOCK_BYTES = 2 * 2**20  # asked for at once
-_LEAST_BYTES = 64 * 2**10  # asked for at once after faults
+_LEAST_BYTES = 64 * 2**10  # that an attempt must bring not to count as a failed one
 _SLOWEST = 20  # times the timeout: that long a block may take to come
 _FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
 _LONGEST_PAUSE = 30.0
@@ -46,7 +46,7 @@ class NoRanges(Unreadable):
 class Settings:
     """How remote files are read."""
 
-    attempts: int = 6  # to get a block, in a row
+    attempts: int = 6  # in a row, that bring (next to) nothing
     # Seconds to connect, and without a byte, over http(s) and s3; the packages that read gs and hf
     # have their own.
     timeout: float = 30.0
@@ -86,9 +86,9 @@ def open_file(
 ) -> BinaryIO:
     """Open for reading, with seeking. `size` and `sha256`: what the index says of it, if known.
 
-    A remote file is read in blocks. Where a connection breaks, reading goes on behind the last
-    block that came, with smaller ones. With a cache directory the whole file is fetched first,
-    checked, and kept; one with other bytes than `sha256` tells of is read from afar instead.
+    A remote file is read in blocks. Where a connection breaks, reading goes on at that byte (of gs
+    and hf: of that block). With a cache directory the whole file is fetched first, checked, and
+    kept; one with other bytes than `sha256` tells of is read from afar instead.
 
     Raises:
         UserError: the scheme is unknown, its package is missing, or the address tells secrets.
@@ -111,7 +111,7 @@ def read_bytes(address: str, settings: Settings = DEFAULT) -> bytes:
     if not is_remote(address):
         with open_file(address, settings) as file:
             return file.read()
-    data: bytes = _attempt(address, settings, 0, lambda fs, path: fs.cat_file(path))
+    data: bytes = _attempt(address, settings, lambda fs, path: fs.cat_file(path))
     return data
 
 
@@ -123,7 +123,7 @@ def size_of(address: str, settings: Settings = DEFAULT) -> int:
     """
     if not is_remote(address):
         return local_path(address).stat().st_size
-    return int(_attempt(address, settings, 0, _size))
+    return int(_attempt(address, settings, _size))
 
 
 def _size(fs: Any, path: str) -> int:
@@ -208,7 +208,6 @@ class _Remote(io.RawIOBase):
         if size is None:
             size = size_of(address, settings)
         self.size, self.place = _found_shorter.get(address, size), 0
-        self.block = _BLOCK_BYTES  # asked for at once, at most
 
     def readable(self) -> bool:
         return True
@@ -228,44 +227,34 @@ class _Remote(io.RawIOBase):
         return b"".join(iter(lambda: self.read(_BLOCK_BYTES) or b"", b""))
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(0, self.size - self.place))
-        if not wanted:
+        start = self.place
+        end = min(start + len(buffer), start + _BLOCK_BYTES, self.size)
+        if start >= end:
             return 0
-        start, attempts = self.place, 0
+        data = bytearray()
 
-        def fetch(fs: Any, path: str) -> bytes:
-            # After a fault less is asked for, so that connections that never last longer than some
-            # bytes still bring the file; with every block that comes, more again.
-            nonlocal attempts
-            attempts += 1
-            if attempts > 1:
-                self.block = max(self.block // 4, _LEAST_BYTES)
-            asked = min(wanted, self.block)
-            data: bytes = fs.cat_file(path, start=start, end=start + asked)
-            if len(data) > asked:
-                raise NoRanges(
-                    f"{self.address}: asked for {asked} bytes, the server sent {len(data)}: it "
-                    "does not answer range requests. Set stream.cache_dir, which fetches shards "
-                    "whole, or use another server"
-                )
-            if len(data) < asked:
-                raise OSError(f"{len(data)} of {asked} bytes came")
-            return data
+        def fetch(fs: Any, path: str) -> None:
+            before = len(data)
+            try:
+                _fetch_range(self.address, fs, path, start + before, end, data)
+                if start + len(data) < end:
+                    raise OSError(f"{len(data)} of {end - start} bytes came")
+            except Exception:
+                if len(data) - before < _LEAST_BYTES:
+                    raise
 
         try:
-            data = _attempt(self.address, self.settings, start, fetch)
+            _attempt(self.address, self.settings, fetch, at=lambda: start + len(data))
         except Unreadable as error:
             # No fault of the way, if the file is shorter than the index says.
             try:
                 size = size_of(self.address, dataclasses.replace(self.settings, attempts=1))
             except OSError:
                 raise error from None
-            if size >= min(self.size, start + wanted):
+            if size >= end:
                 raise
             self.size = _found_shorter[self.address] = size
             return self.readinto(buffer)
-        if attempts == 1:
-            self.block = min(self.block + _LEAST_BYTES, _BLOCK_BYTES)
         buffer[: len(data)] = data
         self.place = start + len(data)
         return len(data)
@@ -274,10 +263,84 @@ class _Remote(io.RawIOBase):
 _found_shorter: dict[str, int] = {}  # sizes of files that end before the index says
 
 
-def _attempt(address: str, settings: Settings, at: int, fetch: Any, *, whole: bool = False) -> Any:
+def _fetch_range(address: str, fs: Any, path: str, start: int, end: int, into: bytearray) -> None:
+    """Append bytes `start` to `end` of a file to `into`, over http(s) and s3 as they come.
+
+    Raises:
+        NoRanges: the server sends something else.
+        Exception: whatever the file system raises; what came before is in `into`.
+    """
+    scheme = address.partition("://")[0]
+    if scheme in ("http", "https"):
+        fsspec.asyn.sync(fs.loop, _fetch_http, fs, path, start, end, into)
+    elif scheme == "s3":
+        fsspec.asyn.sync(fs.loop, _fetch_s3, fs, path, start, end, into)
+    else:
+        data = fs.cat_file(path, start=start, end=end)
+        _check_range(None, len(data), start, end)
+        into += data
+
+
+async def _fetch_http(fs: Any, path: str, start: int, end: int, into: bytearray) -> None:
+    session = await fs.set_session()
+    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    async with session.get(fs.encode_url(path), headers=headers) as answer:
+        if answer.status == 404:
+            raise FileNotFoundError(path)
+        answer.raise_for_status()
+        part = answer.headers.get("Content-Range") if answer.status == 206 else None
+        _check_range(part, answer.content_length, start, end)
+        missing = end - start
+        async for piece in answer.content.iter_any():
+            into += piece[:missing]
+            missing -= len(piece)
+            if missing <= 0:  # a body without a length may go on
+                return
+
+
+async def _fetch_s3(fs: Any, path: str, start: int, end: int, into: bytearray) -> None:
+    bucket, key, _ = fs.split_path(path)
+    part = f"bytes={start}-{end - 1}"
+    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=part)
+    async with answer["Body"] as body:
+        _check_range(answer.get("ContentRange"), answer["ContentLength"], start, end)
+        while piece := await body.read(2**16):
+            into += piece
+
+
+def _check_range(part: str | None, length: int | None, start: int, end: int) -> None:
+    """Whether an answer is what was asked for, by its Content-Range and its length.
+
+    Raises:
+        NoRanges: it is the whole file.
+        OSError: it is something else.
+    """
+    asked = end - start
+    if part is not None:
+        if not part.startswith(f"bytes {start}-") or (length or asked) > asked:
+            raise OSError(f"asked for bytes {start} to {end - 1}, the server sent {part}")
+    elif length is None or length > asked:
+        sent = "the whole file" if length is None else f"{length}"
+        raise NoRanges(
+            f"asked for {asked} bytes, the server sent {sent}: it does not answer range requests. "
+            "Set stream.cache_dir, which fetches shards whole, or use another server"
+        )
+    elif length < asked:
+        raise OSError(f"{length} of {asked} bytes came")
+
+
+def _attempt(
+    address: str,
+    settings: Settings,
+    fetch: Callable[[Any, str], Any],
+    *,
+    at: Callable[[], int] = int,
+    whole: bool = False,
+) -> Any:
     """What `fetch(file system, path)` returns, tried again after a fault that may pass.
 
-    `whole`: it is a whole file and may take as long as it needs, if only bytes come.
+    `at`: the byte that an error names. `whole`: it is a whole file and may take as long as it
+    needs, if only bytes come.
     """
     check_address(address)
     for attempt in range(1, settings.attempts + 1):
@@ -289,7 +352,9 @@ def _attempt(address: str, settings: Settings, at: int, fetch: Any, *, whole: bo
             raise UserError(f"cannot open {address}: {error}") from None
         try:
             return fetch(fs, path)
-        except (FileNotFoundError, PermissionError, NoRanges, UserError):
+        except NoRanges as error:
+            raise NoRanges(f"{address}: {error}") from None
+        except (FileNotFoundError, PermissionError, UserError):
             raise
         except ImportError as error:
             raise UserError(f"cannot open {address}: {error}") from None
@@ -297,7 +362,7 @@ def _attempt(address: str, settings: Settings, at: int, fetch: Any, *, whole: bo
             if attempt == settings.attempts:
                 reason = str(error) or type(error).__name__
                 raise Unreadable(
-                    f"{address} cannot be read at byte {at} after {attempt} "
+                    f"{address} cannot be read at byte {at()} after {attempt} "
                     f"attempt{'s' if attempt > 1 else ''}: {reason}"
                 ) from None
         time.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
@@ -389,7 +454,8 @@ class _Cache:
                 shutil.copyfileobj(source, file, _BLOCK_BYTES)
         except NoRanges:
             _attempt(
-                *(address, self.settings, 0),
+                address,
+                self.settings,
                 lambda fs, path: fs.get_file(path, str(partial)),
                 whole=True,
             )
