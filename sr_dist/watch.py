@@ -57,17 +57,24 @@ class Watch:
         self.beats = 0
         self.heard: dict[int, tuple[str, float]] = {}  # rank → last sign, when it changed
         self.closing = threading.Event()
-        self.thread = threading.Thread(target=self._live, daemon=True, name="watch")
+        self.answered = time.monotonic()  # when the store did so last
+        self.threads = [
+            threading.Thread(target=target, daemon=True, name="watch")
+            for target in (self._live, self._guard)
+        ]
 
     def __enter__(self) -> Watch:
         if self.store is not None:
-            self.thread.start()
+            self.answered = time.monotonic()
+            for thread in self.threads:
+                thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.closing.set()
         if self.store is not None:
-            self.thread.join(10)
+            for thread in self.threads:
+                thread.join(10)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -177,11 +184,20 @@ class Watch:
                 if not self.closing.is_set():
                     self._end("the process that keeps the ranks together is gone")
                 return
-            now = time.monotonic()
+            self.answered = now = time.monotonic()
             lost = [r for r, (_, when) in self.heard.items() if now - when > self.timeout]
             if lost:
                 names = ", ".join(map(str, sorted(lost)))
                 self._end(f"no sign of life from rank {names} for {self.timeout:.0f} s")
+
+    def _guard(self) -> None:
+        """A store that the network has cut off neither answers nor raises: who asks it waits."""
+        while not self.closing.wait(_PERIOD):
+            if time.monotonic() - self.answered > self.timeout:
+                self._end(
+                    f"no answer for {self.timeout:.0f} s from the machine of rank 0, where the "
+                    "ranks are kept together"
+                )
 
     def _agree(self) -> None:
         assert self.store is not None
