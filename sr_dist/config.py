@@ -176,7 +176,7 @@ class Adversarial:
     kind: str = setting(
         "linear",
         "linear: 1 - sigmoid(D), as published; bce: non-saturating cross-entropy, as SRGAN; "
-        "least_squares; hinge; relativistic_average, as ESRGAN: averages of each process's part",
+        "least_squares; hinge; relativistic_average, as ESRGAN",
         choices=("linear", "bce", "least_squares", "hinge", "relativistic_average"),
     )
     label_smoothing: float = setting(
@@ -245,6 +245,11 @@ class Train:
         "parts that each rank's share of a batch is computed in, to save memory; BatchNorm "
         "then sees the parts",
         minimum=1,
+    )
+    sync_batchnorm: bool = setting(
+        False,
+        "BatchNorm takes its statistics from the parts of a batch on all processes together: the "
+        "same training on any number of them, for two small messages a layer",
     )
     start_from: str | None = setting(
         None,

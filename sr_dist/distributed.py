@@ -77,7 +77,7 @@ class Processes:
         if scaler:  # which leaves such a step out itself, and lowers its scale
             optimizer.step()
             return length
-        bare.found_inf, bare.grad_scale = (~torch.isfinite(length)).float(), None
+        bare.found_inf, bare.grad_scale = (~torch.isfinite(length)).to(torch.float32), None
         try:
             optimizer.step()
         finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sr_dist import images as pictures
-from sr_dist import losses, models
+from sr_dist import losses, models, ranks
 from sr_dist.distributed import Processes
 
 Scalars = dict[str, Tensor]  # detached, on the device
@@ -123,11 +123,12 @@ def build_networks(
     discriminator: Mapping[str, Any] | None,
     optimizer: Mapping[str, Mapping[str, Any]],
     half_life: float,
+    sync_batchnorm: bool = False,
 ) -> Networks:
     """`generator` and `discriminator`: arguments of `models.build_…`.
 
     `optimizer`: settings of each one's AdamW. `half_life`: of the averaged generator, in images; 0
-    keeps none.
+    keeps none. `sync_batchnorm`: with the statistics of all ranks.
     """
     bare: dict[str, nn.Module] = {"generator": models.build_generator(**generator)}
     if discriminator is not None:
@@ -136,6 +137,8 @@ def build_networks(
     _to(average, processes.device)
     wrapped, optimizers = {}, {}
     for name, module in bare.items():
+        if sync_batchnorm and processes.world_size > 1:
+            ranks.synchronise(module)
         _to(module, processes.device)
         settings = optimizer[name]
         adamw = torch.optim.AdamW(
@@ -241,7 +244,7 @@ def discriminator_step(
             fake = discriminator(fakes)
             terms = {
                 "discriminator": losses.discriminator_adversarial(
-                    real, fake, objective.adversarial, objective.label_smoothing
+                    real, fake, objective.adversarial, objective.label_smoothing, _mean_of_all
                 )
             }
             if objective.r1_weight:
@@ -307,13 +310,18 @@ def generator_terms(
                 real = discriminator(hr).detach().float()
         discriminator.requires_grad_(True)
         terms["adversarial"] = objective.adversarial_weight * losses.generator_adversarial(
-            fake.float(), objective.adversarial, real
+            fake.float(), objective.adversarial, real, _mean_of_all
         )
     if objective.total_variation_weight:
         terms["total_variation"] = objective.total_variation_weight * losses.total_variation(
             sr, objective.total_variation
         )
     return terms
+
+
+def _mean_of_all(logits: Tensor) -> Tensor:
+    """Over the pictures of all ranks."""
+    return ranks.mean(logits.mean())
 
 
 def _move_spectral_norms(discriminator: nn.Module, move: bool) -> None:

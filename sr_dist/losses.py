@@ -18,6 +18,7 @@ from sr_dist.errors import UserError
 log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Mean = Callable[[Tensor], Tensor]
 
 _CHARBONNIER_EPSILON = 1e-3
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,14 +50,17 @@ def total_variation(sr: Tensor, kind: str) -> Tensor:
     return 2 * (down.square().mean() + right.square().mean())
 
 
-def generator_adversarial(fake: Tensor, kind: str, real: Tensor | None = None) -> Tensor:
+def generator_adversarial(
+    fake: Tensor, kind: str, real: Tensor | None = None, mean: Mean = torch.mean
+) -> Tensor:
     """What the generator pays for D's logits on SR, of any shape.
 
     `linear`: mean(1 - sigmoid(D)), the published Swift-SRGAN form. `bce`: -log sigmoid(D), the
     non-saturating form of Goodfellow et al. (2014) and SRGAN. `least_squares`: (D - 1)² / 2 (Mao et
     al., arXiv 1611.04076). `hinge`: -D (Lim and Ye, arXiv 1705.02894). `relativistic_average`
     (Jolicoeur-Martineau, arXiv 1807.00734, as ESRGAN): cross-entropy of SR being judged more real
-    than HR is on average, and the reverse, halved; needs `real`, D's logits on HR.
+    than HR is on average, and the reverse, halved; needs `real`, D's logits on HR, and averages by
+    `mean`.
     """
     if kind == "linear":
         return (1 - torch.sigmoid(fake)).mean()
@@ -67,18 +71,18 @@ def generator_adversarial(fake: Tensor, kind: str, real: Tensor | None = None) -
     if kind == "hinge":
         return -fake.mean()
     assert kind == "relativistic_average" and real is not None
-    return (F.softplus(real - fake.mean()).mean() + F.softplus(real.mean() - fake).mean()) / 2
+    return (F.softplus(real - mean(fake)).mean() + F.softplus(mean(real) - fake).mean()) / 2
 
 
 def discriminator_adversarial(
-    real: Tensor, fake: Tensor, kind: str, label_smoothing: float = 0.0
+    real: Tensor, fake: Tensor, kind: str, label_smoothing: float = 0.0, mean: Mean = torch.mean
 ) -> Tensor:
     """What the discriminator pays for its logits on HR and SR, of equal shape.
 
     `linear`: 1 - mean sigmoid(D(HR)) + mean sigmoid(D(SR)), the published form. `bce`: binary
     cross-entropy with HR as 1 and SR as 0. `least_squares`: ((D(HR) - 1)² + D(SR)²) / 2. `hinge`:
     max(0, 1 - D(HR)) + max(0, 1 + D(SR)). `relativistic_average`: cross-entropy of each against the
-    other's mean, halved. `label_smoothing`: HR's target is 1 minus this (Salimans et al., arXiv
+    other's `mean`, halved. `label_smoothing`: HR's target is 1 minus this (Salimans et al., arXiv
     1606.03498); linear and hinge have no target to smooth.
     """
     target = 1 - label_smoothing
@@ -91,9 +95,7 @@ def discriminator_adversarial(
     if kind == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     assert kind == "relativistic_average"
-    return (
-        _cross_entropy(real - fake.mean(), target) + _cross_entropy(fake - real.mean(), 0.0)
-    ) / 2
+    return (_cross_entropy(real - mean(fake), target) + _cross_entropy(fake - mean(real), 0.0)) / 2
 
 
 def _cross_entropy(logits: Tensor, target: float) -> Tensor:

@@ -138,6 +138,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         discriminator=identity["discriminator"],
         optimizer=values_of["optimizer"],
         half_life=config.train.ema_half_life,
+        sync_batchnorm=config.train.sync_batchnorm,
     )
     objective = gan.build_objective(**values_of["loss"], device=processes.device)
 

@@ -12,9 +12,8 @@ import torch
 from tests.helpers import REPOSITORY, succeed
 
 WORKERS = REPOSITORY / "tests" / "workers"
-# AdamW divides a gradient by its length, so where that is nearly 0, rounding shows. Each of three
-# steps moves a weight by 1e-4 at most; so much of it may differ, in any weight and in the mean.
-LARGEST, MEAN = 3e-5, 5e-8
+# In double precision; each of three steps moves a weight by up to 1e-4.
+LARGEST = 1e-10
 
 
 def train_on(ranks: int, output: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -30,7 +29,7 @@ def train_on(ranks: int, output: Path) -> dict[str, dict[str, torch.Tensor]]:
 def test_ranks_with_parts_of_a_batch_train_as_one_with_all_of_it(tmp_path: Path) -> None:
     """2 × 4 rows and 4 × 2 = 1 × 8, after three GAN steps: G, D and the averaged G.
 
-    Without BatchNorm, whose statistics are each rank's own.
+    Without BatchNorm, and with that of all ranks together.
     """
     one = train_on(1, tmp_path / "1.pt")
     for ranks in (2, 4):
@@ -38,9 +37,9 @@ def test_ranks_with_parts_of_a_batch_train_as_one_with_all_of_it(tmp_path: Path)
         assert several.keys() == one.keys() and len(one) == 3
         for way, expected in one.items():
             for name, value in expected.items():
-                gap = (several[way][name] - value).float().abs()
+                gap = (several[way][name] - value).abs()
                 where = f"{way} on {ranks} ranks: {name}"
-                assert gap.max() < LARGEST and gap.mean() < MEAN, where
+                assert gap.max() < LARGEST, where
             assert any(
                 (expected[n.replace("before", "generator")] - expected[n]).abs().mean() > 1e-4
                 for n in expected
