@@ -82,7 +82,7 @@ def main() -> None:
         import torch
         from tqdm import tqdm
 
-        from sr_dist import evaluate, generators, lpips, metrics, report
+        from sr_dist import evaluate, generators, images, lpips, metrics, report
 
         scale = arguments.scale
         if not arguments.method and not arguments.checkpoint:
@@ -112,6 +112,9 @@ def main() -> None:
             raise UserError(
                 f"models of different numbers of channels cannot be compared: {listing}"
             )
+        given = evaluate.local_files(arguments.data)
+        given += images.find(arguments.lr) if arguments.lr else []
+        report.check_output(arguments.output, given)
         gray = evaluate.is_gray(arguments.data)
         wanted = next(iter(channels.values()), 1 if gray else 3)
         if gray and wanted == 3:

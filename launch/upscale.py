@@ -13,7 +13,8 @@ example:
   python launch/upscale.py --checkpoint runs/quickstart --input photo.jpg holiday/ --output out/
 
 Each picture becomes NAME.png in the output folder; folders keep their structure. Gray stays gray,
-and alpha stays; results have 8 bits a channel. A picture that cannot be used is reported at the end
+and alpha stays; results have 8 bits a channel. What lies in an output folder inside an input one is
+not enlarged again. A picture that cannot be used is reported at the end
 (exit status 2); the others are done all the same.
 """
 
@@ -68,7 +69,7 @@ def main() -> None:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
         if arguments.tile < 16:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
-        pictures = dataset.find_pictures(arguments.input)
+        pictures = dataset.find_pictures(arguments.input, apart_from=arguments.output)
         targets = dataset.png_targets([relative for _, relative in pictures])
         written = {(arguments.output / target).resolve() for target in targets}
         for path, _ in pictures:

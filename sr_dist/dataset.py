@@ -68,8 +68,12 @@ def _is_sample_photograph(path: Path) -> bool:
     return len(colours) >= _LEAST_COLOURS
 
 
-def find_pictures(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
+def find_pictures(
+    inputs: Sequence[Path], apart_from: Path | None = None
+) -> list[tuple[Path, Path]]:
     """(path, relative target) of the pictures in folders and files, nested ones included.
+
+    `apart_from`: a folder in one of those, whose pictures are left out.
 
     Raises:
         UserError: an input is missing or holds no picture.
@@ -79,7 +83,12 @@ def find_pictures(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
         if given.is_file():
             found.append((given, Path(given.name)))
         elif given.is_dir():
-            inside = [(path, path.relative_to(given)) for path in images.find(given)]
+            apart = apart_from.resolve() if apart_from is not None else None
+            inside = [
+                (path, path.relative_to(given))
+                for path in images.find(given, broken_links=True)
+                if apart in (None, given.resolve()) or apart not in path.resolve().parents
+            ]
             if not inside:
                 raise UserError(f"{given} holds no pictures ({', '.join(images.SUFFIXES)})")
             found += inside
@@ -120,7 +129,7 @@ def collect(
     rejects: list[tuple[str, str]] = []
     for path, relative in progress(pictures, "collecting", len(pictures)):
         try:
-            images.decode(path, images.header(path).channels)
+            images.decode(path, None)
             digest = _hash(path)
         except images.PictureError as error:
             rejects.append((str(path), str(error)))
@@ -135,10 +144,8 @@ def collect(
         target = output / relative
         if target.exists():
             target = target.with_name(f"{target.stem}-{digest[:8]}{target.suffix}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.part")
-        shutil.copyfile(path, partial)
-        os.replace(partial, target)
+        with path.open("rb") as original, files.whole(target) as copy:
+            shutil.copyfileobj(original, copy)
         seen[digest] = relative.as_posix()
         copied += 1
     if not seen:
@@ -153,12 +160,12 @@ def split(
     """Write `train.txt` and `val.txt` into `output` (or `folder`), and return what they list.
 
     A picture belongs where the hash of `seed` and its bytes says, whatever else is there; one that
-    an earlier run listed stays where it is. Neither list is ever empty. Paths are relative to the
-    lists.
+    an earlier run listed stays where it is. Neither list is ever empty, and no bytes are in both.
+    Paths are relative to the lists.
 
     Raises:
-        UserError: fewer than two pictures, a fraction that is not between 0 and 1, or no picture
-            left for one side.
+        UserError: fewer than two different pictures, a fraction that is not between 0 and 1, or no
+            picture left for one side.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction: expected a number between 0 and 1, found {val_fraction}")
@@ -171,7 +178,10 @@ def split(
         raise UserError(
             f"{folder} holds {len(paths)} picture(s); two are needed, one for each side"
         )
-    names = [Path(os.path.relpath(path, output)).as_posix() for path in paths]
+    # Without links, behind which `..` would lead elsewhere.
+    start, place = folder.resolve(), output.resolve()
+    full = [start / path.relative_to(folder) for path in paths]
+    names = [Path(os.path.relpath(path, place)).as_posix() for path in full]
     shares = {name: _share(path, seed) for name, path in zip(names, paths, strict=True)}
     earlier = {side: set(_read_list(output / f"{side}.txt")) for side in ("train", "val")}
     validation = {
@@ -189,8 +199,13 @@ def split(
                 f"no picture is left for {side}: all are listed for the other side. Add pictures, "
                 f"or delete {output}/train.txt and val.txt to divide afresh."
             )
-        by_share = sorted(movable, key=lambda name: (shares[name], name))
-        validation ^= {by_share[0] if not validation else by_share[-1]}
+        nearest = (max if validation else min)(shares[name] for name in movable)
+        moved = {name for name in movable if shares[name] == nearest}  # copies go together
+        if len(moved) == len(names):
+            raise UserError(
+                f"{folder} holds one picture, {len(names)} times; two are needed, one for each side"
+            )
+        validation ^= moved
     sides = ([name for name in names if name not in validation], sorted(validation))
     for side, listed in zip(("train", "val"), sides, strict=True):
         files.write_whole(output / f"{side}.txt", "".join(f"{name}\n" for name in listed))

@@ -81,7 +81,8 @@ def read_pairs(
         try:
             hr = images.decode_8_bits(source, channels, bits)
         except images.PictureError as error:
-            raise UserError(f"{data}: {name} {error}") from None
+            raise UserError(f"{data}: {name} {error}; take it out") from None
+        size = f"{hr.shape[1]}x{hr.shape[0]}"
         if lr_folder is None:
             hr = images.crop_to_multiple(hr, scale)
         else:
@@ -95,13 +96,13 @@ def read_pairs(
             if min(over) < 0 or max(over) >= scale:
                 raise UserError(
                     f"{path} is {lr.shape[1]}x{lr.shape[0]} pixels, which times {scale} is not the "
-                    f"size of {name} ({hr.shape[1]}x{hr.shape[0]})"
+                    f"size of {name} ({size})"
                 )
             hr = hr[:height, :width]
         if min(hr.shape[:2]) < least:
             raise UserError(
-                f"{data}: {name} is {hr.shape[1]}x{hr.shape[0]} pixels; the metrics need {least} "
-                "on each side"
+                f"{data}: {name} is {size} pixels; the metrics need {least} on each side, which "
+                f"is cut to a multiple of {scale}; take it out"
             )
         if lr_folder is None:
             lr = images.to_pictures(images.downscale(images.to_batch([hr]), scale))[0]
@@ -115,6 +116,16 @@ def count(data: str, reading: storage.Settings = storage.DEFAULT) -> int:
         UserError: nothing is there.
     """
     return shards.read_index(data, reading).samples if _is_shards(data) else len(_files(data))
+
+
+def local_files(data: str) -> list[Path]:
+    """The files of `data` (see `read_pairs`), unless it is shards.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    found = [] if _is_shards(data) else _files(data)
+    return [source for _, source in found if isinstance(source, Path)]
 
 
 def is_gray(data: str, reading: storage.Settings = storage.DEFAULT) -> bool:

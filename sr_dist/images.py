@@ -40,6 +40,8 @@ CLASSICAL_METHODS = {
 # Of Pillow's readers no others: some run programs (EPS starts Ghostscript), whatever a file's name.
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # JPEG: phones' MPO as well
 _ORIENTATION = 0x0112  # EXIF tag
+# What Pillow finds one in: these chunks may come behind the pixels.
+_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF tag
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
 _GRAY_MODES = ("1", "L", "LA")
@@ -50,10 +52,11 @@ class PictureError(ValueError):
     """A picture that cannot be used; the message is the reason, without the file's name."""
 
 
-def find(folder: Path) -> list[Path]:
+def find(folder: Path, *, broken_links: bool = False) -> list[Path]:
     """Files below `folder` whose names end as pictures do, sorted; hidden ones left out.
 
-    Links are followed, each folder once.
+    Links are followed, each folder once. `broken_links`: those that lead nowhere too, so that
+    somebody is told of them.
 
     Raises:
         UserError: a name that a list of files cannot hold.
@@ -78,7 +81,7 @@ def find(folder: Path) -> list[Path]:
             raise UserError(f"{str(path)!r}: its name is not UTF-8; rename it") from None
         if len(text.splitlines()) != 1:
             raise UserError(f"{str(path)!r}: its name holds a line break; rename it")
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in found if path.is_file() or broken_links and not path.exists())
 
 
 def list_pictures(source: Path) -> list[tuple[Path, str]]:
@@ -90,7 +93,8 @@ def list_pictures(source: Path) -> list[tuple[Path, str]]:
         UserError: nothing is there, or a listed file is missing.
     """
     if source.is_dir():
-        found = [(path, path.relative_to(source).as_posix()) for path in find(source)]
+        inside = find(source, broken_links=True)
+        found = [(path, path.relative_to(source).as_posix()) for path in inside]
         if not found:
             raise UserError(f"{source} holds no pictures ({', '.join(SUFFIXES)})")
         return found
@@ -124,7 +128,7 @@ class Header(NamedTuple):
 
 
 def header(source: bytes | Path) -> Header:
-    """Decodes no more than it needs: PNGs, and turned TIFFs, whole.
+    """Decodes no more than it needs: turned TIFFs, and PNGs that may be turned, whole.
 
     Raises:
         PictureError: the header cannot be read, or the picture is of a kind that is refused.
@@ -142,8 +146,8 @@ def header(source: bytes | Path) -> Header:
     return Header(height, width, channels, deep)
 
 
-def decode(source: bytes | Path, channels: int) -> Picture | DeepPicture:
-    """Decode to (H, W, `channels`), EXIF orientation applied.
+def decode(source: bytes | Path, channels: int | None) -> Picture | DeepPicture:
+    """Decode to (H, W, `channels`), EXIF orientation applied; None: 1 if it is gray, 3 if not.
 
     uint8; 16-bit gray as one channel stays uint16 (see `to_8_bits`). Alpha is composited on white,
     palettes are expanded, CMYK and other colour spaces become RGB; for one channel, colour becomes
@@ -155,11 +159,13 @@ def decode(source: bytes | Path, channels: int) -> Picture | DeepPicture:
     """
     with _open(source) as image:
         deep = _is_deep(image)  # before it is loaded: Pillow then forgets how it was stored
+        if channels is None:
+            channels = 1 if deep or image.mode in _GRAY_MODES else 3
         _load(image)
         if not deep:
             return to_array(image, channels)
         if channels != 1:
-            raise PictureError("is 16-bit gray, which is kept as one channel and not as three")
+            raise PictureError("is 16-bit gray, which is read as one channel and not as three")
         return np.array(_upright(image)).astype(np.uint16)[..., None]
 
 
@@ -352,6 +358,11 @@ def _load(image: Image.Image) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
+    file = getattr(image, "fp", None)
+    if image.format == "PNG" and isinstance(file, io.BytesIO):  # not loaded yet
+        data = file.getvalue()
+        if not any(sign in data for sign in _PNG_ORIENTATIONS):
+            return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))  # decodes a PNG: EXIF may lie at its end
     except Exception as error:

@@ -8,18 +8,19 @@ import html
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sr_dist import evaluate, files, images
+from sr_dist.errors import UserError
 
 _ZOOM_SIDE = 64  # HR pixels of the enlarged detail
 _ZOOM = 4
 _WEBP_MOST = 16383  # pixels on a side
-_METRICS = "metrics.json"
+_METRICS, _TABLE, _PICTURES = "metrics.json", "metrics.csv", "pictures"
 
 Summary = dict[str, Any]
 
@@ -33,15 +34,13 @@ class Writer:
         self.protocol = protocol
         self.sections: list[tuple[str, str]] = []  # (picture, HTML)
         self.files: set[str] = set()  # names of pictures written
-        if (folder / _METRICS).exists():  # of an earlier evaluation, whose pictures go with it
-            for picture in (folder / "pictures").glob("*.png"):
-                picture.unlink()
+        for picture in _earlier_pictures(folder):
+            picture.unlink(missing_ok=True)
 
     def add(self, pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
         """Write the side-by-side picture; keep what the report shows of it."""
-        name = evaluate.unused_name(evaluate.file_name(pair.name), self.files)
-        self.files.add(name)
-        images.save(evaluate.side_by_side(pair, results), self.folder / "pictures" / f"{name}.png")
+        path = _path_of(pair.name, self.folder, self.files)
+        images.save(evaluate.side_by_side(pair, results), path)
         shown = {
             "LR": images.enlarge(pair.lr, self.scale, "nearest"),
             **results,
@@ -67,7 +66,7 @@ class Writer:
             ],
         }
         files.write_whole(self.folder / _METRICS, json.dumps(summary, indent=1) + "\n")
-        files.write_whole(self.folder / "metrics.csv", _csv(rows))
+        files.write_whole(self.folder / _TABLE, _csv(rows))
         files.write_whole(self.folder / "report.html", self._html(rows, means))
         return summary
 
@@ -86,6 +85,37 @@ class Writer:
             means=_table(means),
             sections=sections,
         )
+
+
+def check_output(folder: Path, pictures: Iterable[Path]) -> None:
+    """
+    Raises:
+        UserError: a picture that will be read lies where results are written.
+    """
+    place = (folder / _PICTURES).resolve()
+    for picture in pictures:
+        if picture.resolve().is_relative_to(place):
+            raise UserError(
+                f"{picture} lies where the results would be written; choose another --output"
+            )
+
+
+def _path_of(picture: str, folder: Path, taken: set[str]) -> Path:
+    """Where the side-by-side view of a picture goes; its name is added to `taken`."""
+    name = evaluate.unused_name(evaluate.file_name(picture), taken)
+    taken.add(name)
+    return folder / _PICTURES / f"{name}.png"
+
+
+def _earlier_pictures(folder: Path) -> list[Path]:
+    """What an earlier evaluation wrote, by its table."""
+    table = folder / _TABLE
+    if not table.exists():
+        return []
+    taken: set[str] = set()
+    with table.open(encoding="utf-8", newline="") as file:
+        names = [row["picture"] for row in csv.DictReader(file) if row.get("picture")]
+    return [_path_of(name, folder, taken) for name in names]
 
 
 def _in_words(protocol: Mapping[str, object], scale: int) -> str:

@@ -13,12 +13,12 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import shutil
 import sys
 import threading
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
@@ -30,8 +30,10 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from sr_dist import files, images, shards, storage, tars
+from sr_dist import files, images, shard_reader, shards, storage, tars
 from sr_dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -50,7 +52,7 @@ class Options:
     """What decides the bytes of the shards, beside the pictures themselves."""
 
     tile: int = 256  # least side of a tile, pixels; 0 keeps pictures whole
-    encode: str = "webp"  # one of ENCODINGS; keep stores the original bytes, whole
+    encode: str = "webp"  # one of ENCODINGS; keep stores the original bytes, and needs tile=0
     samples_per_shard: int = 1000  # a shard is closed by the picture that reaches it, or 512 MiB
     channels: int = 3
     min_size: int = 96  # pictures with a shorter side are rejected
@@ -80,7 +82,7 @@ class _Source:
 
         A picture smaller than that is one tile.
         """
-        if options.encode == "keep" or not options.tile:
+        if not options.tile:
             return [(0, 0, self.height, self.width)]
         return [
             (top, left, bottom - top, right - left)
@@ -113,6 +115,7 @@ def write(
     Raises:
         UserError: `output` holds something else, no picture can be used, or `strict` met a reject.
     """
+    assert options.encode != "keep" or not options.tile, "the original bytes are whole pictures"
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; expected a folder, or nothing, there")
     run = functools.partial(_in_turn, executor)
@@ -120,6 +123,7 @@ def write(
     sources = list(progress(read, "reading", len(pictures)))
     _stop_on_reject(sources, strict)
     recorded = {**dataclasses.asdict(options), "inputs": _fingerprint(sources)}
+    made = [place for place in (output, *output.parents) if not place.exists()]
     done = _open_output(output, recorded)
     if done is not None:
         return done
@@ -137,6 +141,9 @@ def write(
             raise UserError(f"none of {len(pictures)} pictures can be used; first: {first}")
     except UserError:
         _remove_ours(output)
+        for place in made:
+            if not any(place.iterdir()):
+                place.rmdir()
         raise
     _remove_partial(output)
     # The list of rejects comes first: index.json marks the shards as complete.
@@ -221,6 +228,7 @@ def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
     """Make the folder ready. Returns the summary of a run that is complete already."""
     output.mkdir(parents=True, exist_ok=True)
     progress = output / _PROGRESS_FOLDER
+    inputs = progress / "inputs.json"
     if (output / shards.INDEX_NAME).exists():
         index = shards.read_index(str(output))
         if index.options != recorded:
@@ -228,11 +236,15 @@ def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
                 f"{output} holds shards of other pictures or options; delete it or choose another "
                 "--output"
             )
-        shutil.rmtree(progress, ignore_errors=True)
-        rejects = output / "rejects.jsonl"
-        count = len(rejects.read_text().splitlines()) if rejects.exists() else 0
-        return Summary(index.samples, len(index.shards), count, already_complete=True)
-    inputs = progress / "inputs.json"
+        problems = shard_reader.check_files(index)
+        if not problems:
+            shutil.rmtree(progress, ignore_errors=True)
+            rejects = output / "rejects.jsonl"
+            count = len(rejects.read_text().splitlines()) if rejects.exists() else 0
+            return Summary(index.samples, len(index.shards), count, already_complete=True)
+        log.warning("%s; writing the shards again", problems[0])
+        files.write_whole(inputs, json.dumps(recorded))
+        (output / shards.INDEX_NAME).unlink()
     if inputs.exists():
         if json.loads(inputs.read_text()) != recorded:
             raise UserError(
@@ -252,7 +264,7 @@ def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
 
 def _remove_partial(output: Path) -> None:
     """Remove what processes that died, or were taken for dead, left unfinished."""
-    for pattern in ("shard-*.part", f".{shards.INDEX_NAME}.*.part", ".rejects.jsonl.*.part"):
+    for pattern in (".shard-*.part", f".{shards.INDEX_NAME}.*.part", ".rejects.jsonl.*.part"):
         for partial in output.glob(pattern):
             partial.unlink(missing_ok=True)
 
@@ -261,8 +273,6 @@ def _remove_ours(output: Path) -> None:
     for result in (output / _PROGRESS_FOLDER).glob("shard-*.json"):
         (output / f"{result.stem}.tar").unlink(missing_ok=True)
     shutil.rmtree(output / _PROGRESS_FOLDER)
-    if not any(output.iterdir()):
-        output.rmdir()
 
 
 def _probe(options: Options, picture: tuple[Path, str]) -> _Source:
@@ -345,21 +355,17 @@ def _write_shard(job: _Job) -> dict[str, Any]:
             rejects.append({"name": source.name, "reject": str(error)})
     # Tiles of one picture are apart in the shard.
     order = np.random.default_rng([job.options.seed, job.number]).permutation(len(samples))
-    # Of its own name, since a worker that was taken for dead may still be writing the same shard.
-    partial = target.with_suffix(f".{uuid.uuid4().hex[:8]}.part")
-    try:
-        with partial.open("wb") as file:
-            with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-                for place, number in enumerate(order.tolist()):
-                    tar.write({"__key__": f"{job.first_key + place:09d}", **samples[number][0]})
-            file.flush()
-            os.fsync(file.fileno())
-        digest, size = storage.sha256_of_file(str(partial))
-        offsets = _offsets(partial)
-        if samples:
-            os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    offsets: list[int] = []
+    digest, size = "", 0
+    if samples:
+        with (
+            files.whole(target) as file,
+            webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar,
+        ):
+            for place, number in enumerate(order.tolist()):
+                tar.write({"__key__": f"{job.first_key + place:09d}", **samples[number][0]})
+        digest, size = storage.sha256_of_file(str(target))
+        offsets = _offsets(target)
     marked = shards.mark(shards.Shard(target.name, len(samples), size, digest), offsets)
     result = {
         "name": target.name,

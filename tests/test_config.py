@@ -90,6 +90,7 @@ def test_numbers_are_read_by_their_annotation(tmp_path: Path) -> None:
         ("data.crop_size=98", "data.crop_size: 98 is not a multiple of data.scale"),
         ("data.crop_size=16", "data.crop_size: 16 is too small for the discriminator"),
         ("data.scale=3", "data.scale: expected one of 2, 4, 8, found 3"),
+        ("checkpoint.best=lpips", "checkpoint.best: lpips is not measured; set evaluation.lpips"),
     ],
 )
 def test_values_out_of_range(tmp_path: Path, override: str, expected: str) -> None:
@@ -139,6 +140,12 @@ def test_parts_of_a_batch_do_not_know_its_average(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="relativistic_average compares with the average of the"):
         load(tmp_path, LEAST, *words)
     load(tmp_path, LEAST, *words, "loss.adversarial.weight=0")
+
+
+def test_a_warm_up_needs_what_it_trains_on(tmp_path: Path) -> None:
+    words = ("train.warmup_images=100", "loss.pixel.weight=0")
+    with pytest.raises(UserError, match="the warm-up trains on loss.pixel, whose weight is 0"):
+        load(tmp_path, LEAST, *words)
 
 
 def test_home_folders_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

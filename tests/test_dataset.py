@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from sr_dist import dataset, images
 from sr_dist.errors import UserError
+from tests.runs import full_disk
 
 
 def noise(path: Path, seed: int, side: int = 40) -> None:
@@ -35,17 +36,58 @@ def test_collect_nested_folders_drops_duplicates_and_lists_the_bad(tmp_path: Pat
     (source / "broken.png").write_bytes((source / "a.png").read_bytes()[:500])
     (source / "text.jpg").write_text("not a picture")
     (source / "readme.md").write_text("not looked at")
+    (source / "astray.png").symlink_to(source / "nowhere.png")
+    deep = np.full((40, 40), 40_000, np.uint16)
+    Image.fromarray(deep).save(source / "deep.PNG")
     result = dataset.collect(dataset.find_pictures([source]), output)
-    assert (result.copied, result.present, result.duplicates) == (5, 0, 1)
+    assert (result.copied, result.present, result.duplicates) == (6, 0, 1)
     reasons = {Path(path).name: reason for path, reason in result.rejects}
-    assert set(reasons) == {"broken.png", "text.jpg"}
+    assert set(reasons) == {"broken.png", "text.jpg", "astray.png"}
+    assert reasons["astray.png"] == "cannot be read: No such file or directory"
     assert "cannot be decoded" in reasons["broken.png"]
     assert (output / "deep/er/b.jpg").read_bytes() == (source / "deep/er/b.jpg").read_bytes()
 
     noise(source / "new.png", 9)
     again = dataset.collect(dataset.find_pictures([source]), output)
     # The duplicate of a.png is there already, as a.png itself is.
-    assert (again.copied, again.present, again.duplicates) == (1, 6, 0)
+    assert (again.copied, again.present, again.duplicates) == (1, 7, 0)
+
+
+def test_collect_decodes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise(tmp_path / "in" / "a.png", 1)
+    decoded, real = [], PngImagePlugin.PngImageFile.load_end
+    monkeypatch.setattr(
+        PngImagePlugin.PngImageFile, "load_end", lambda image: (decoded.append(1), real(image))
+    )
+    dataset.collect(dataset.find_pictures([tmp_path / "in"]), tmp_path / "out")
+    assert len(decoded) == 1
+
+
+def test_collect_on_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    noise(tmp_path / "in" / "a.png", 1)
+    with full_disk(1000), pytest.raises(OSError, match="File too large: .*out/a.png"):
+        dataset.collect(dataset.find_pictures([tmp_path / "in"]), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_photographs_of_the_sample_are_large_and_of_many_colours(tmp_path: Path) -> None:
+    for side, chosen in ((300, True), (255, False)):
+        noise(tmp_path / "a.png", 1, side)
+        assert dataset._is_sample_photograph(tmp_path / "a.png") == chosen
+    Image.new("RGB", (300, 300), "red").save(tmp_path / "b.png")
+    assert not dataset._is_sample_photograph(tmp_path / "b.png")
+
+
+def test_a_folder_of_results_is_not_taken_for_pictures(tmp_path: Path) -> None:
+    noise(tmp_path / "a.png", 1)
+    noise(tmp_path / "results" / "a.png", 2)
+
+    def names(apart_from: Path | None) -> list[str]:
+        found = dataset.find_pictures([tmp_path], apart_from)
+        return [relative.as_posix() for _, relative in found]
+
+    assert names(None) == names(tmp_path) == ["a.png", "results/a.png"]
+    assert names(tmp_path / "results") == ["a.png"]
 
 
 def test_collect_keeps_different_pictures_of_one_name(tmp_path: Path) -> None:
@@ -129,6 +171,45 @@ def test_split_lists_elsewhere_hold_paths_from_there(tmp_path: Path) -> None:
     ]
     assert sorted(found) == ["0.png", "1.png", "2.png", "3.png"]
     assert not list((tmp_path / "images").glob("*.txt"))
+
+
+def test_split_goes_by_content_and_not_by_name(tmp_path: Path) -> None:
+    for seed in range(20):
+        noise(tmp_path / "a" / f"{seed}.png", seed, side=8)
+        noise(tmp_path / "b" / f"renamed-{99 - seed}.png", seed, side=8)
+    sides = [dataset.split(tmp_path / folder, 0.4, seed=3) for folder in ("a", "b")]
+    for first, second in zip(*sides, strict=True):
+        hashes = [
+            {dataset._hash(tmp_path / folder / name) for name in side}
+            for folder, side in (("a", first), ("b", second))
+        ]
+        assert hashes[0] == hashes[1] and len(first) > 1
+
+
+def test_copies_are_never_on_both_sides(tmp_path: Path) -> None:
+    for name in ("a.png", "copy.png"):
+        noise(tmp_path / name, 1)
+    with pytest.raises(UserError, match="holds one picture, 2 times; two are needed"):
+        dataset.split(tmp_path, 0.5, seed=0)
+    noise(tmp_path / "other.png", 2)
+    for seed in range(8):
+        for fraction in (0.001, 0.5, 0.999):
+            dataset.split(tmp_path, fraction, seed, tmp_path / f"{seed}-{fraction}")
+            sides = [
+                {Path(name).name for name in side}
+                for side in lists(tmp_path / f"{seed}-{fraction}")
+            ]
+            assert {"a.png", "copy.png"} in sides and {"other.png"} in sides
+
+
+def test_lists_behind_a_link_lead_to_the_pictures(tmp_path: Path) -> None:
+    for seed in range(3):
+        noise(tmp_path / "real" / "images" / f"{seed}.png", seed, side=8)
+    (tmp_path / "else" / "where").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "else" / "where")
+    dataset.split(tmp_path / "real" / "images", 0.3, 0, tmp_path / "link")
+    for side in ("train", "val"):
+        assert images.list_pictures(tmp_path / "link" / f"{side}.txt")
 
 
 def test_split_refuses_what_cannot_be_split(tmp_path: Path) -> None:

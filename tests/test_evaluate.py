@@ -13,7 +13,7 @@ import torch
 
 from sr_dist import evaluate, generators, images, metrics, models, report
 from sr_dist.errors import UserError
-from tests.helpers import refuse, succeed
+from tests.helpers import contents, refuse, succeed
 
 
 def read(data: object, **options: object) -> list[evaluate.Pair]:
@@ -87,7 +87,7 @@ def test_lr_pictures_of_nested_folders_are_those_of_their_place(
 
 def test_pictures_that_cannot_be_measured(tmp_path: Path) -> None:
     images.save(np.zeros((16, 90, 3), np.uint8), tmp_path / "flat.png")
-    with pytest.raises(UserError, match="flat.png is 88x16 pixels; the metrics need 19"):
+    with pytest.raises(UserError, match="flat.png is 90x16 pixels; the metrics need 19 .*; take"):
         read(tmp_path)
     (tmp_path / "flat.png").write_text("no")
     with pytest.raises(UserError, match="flat.png no picture"):
@@ -342,4 +342,22 @@ def test_pictures_of_an_earlier_evaluation_go(tmp_path: Path, picture: images.Pi
         writer = report.Writer(tmp_path, scale=4, protocol=metrics.protocol("y", 4))
         writer.add(dataclasses.replace(pair, name=name), {"SR": picture})
         writer.finish([evaluate.Row(name, "SR", 30.0, 0.9)])
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["b.png"]
+        if name == "a.png":
+            (tmp_path / "pictures" / "mine.png").write_text("somebody's")
+    found = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert found == ["b.png", "mine.png"]
+
+
+def test_pictures_are_not_overwritten_by_results(photographs: Path, tmp_path: Path) -> None:
+    shutil.copytree(photographs, tmp_path / "pictures")
+    before = contents(tmp_path)
+    words = ("--method", "nearest", "--scale", 4, "--output", tmp_path)
+    lr = ("--data", photographs, "--lr", tmp_path / "pictures")
+    for given in (("--data", tmp_path / "pictures"), lr):
+        message = refuse("launch/evaluate.py", *given, *words)
+        assert "lies where the results would be written; choose another --output" in message
+    assert contents(tmp_path) == before
+
+
+def test_an_index_by_its_name_is_shards(sharded: Path) -> None:
+    assert evaluate.count(f"{sharded}/index.json") == evaluate.count(str(sharded)) > 20

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from sr_dist import images
 
@@ -319,6 +319,31 @@ def test_colour_profiles_are_kept(picture: images.Picture, tmp_path: Path) -> No
     assert images.colour_profile(tmp_path / "b.png") == profile
     images.save(picture, tmp_path / "c.png")
     assert images.colour_profile(tmp_path / "c.png") is None
+    # Its pixels become RGB, so that of their four colours would be wrong.
+    images.to_pillow(picture).convert("CMYK").save(tmp_path / "d.jpg", icc_profile=profile)
+    assert images.colour_profile(tmp_path / "d.jpg") is None
+
+
+@pytest.mark.parametrize("where", ["before the pixels", "behind them", "as text"])
+def test_turned_pngs(where: str, picture: images.Picture, tmp_path: Path) -> None:
+    """Sizes are those after turning, and only PNGs that may be turned are decoded for that."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    saved, buffer = images.to_pillow(picture), io.BytesIO()
+    if where == "as text":
+        text = PngImagePlugin.PngInfo()
+        xmp = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+        text.add_itxt("XML:com.adobe.xmp", xmp)
+        saved.save(buffer, "png", pnginfo=text)
+    else:
+        saved.save(buffer, "png", exif=exif)
+    data = buffer.getvalue()
+    if where == "behind them":
+        start = data.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        data = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    height, width, _ = picture.shape
+    assert images.header(data)[:2] == images.decode(data, 3).shape[:2] == (width, height)
 
 
 def test_find_follows_links_once_and_refuses_names_that_lists_cannot_hold(
@@ -346,13 +371,13 @@ def test_find_follows_links_once_and_refuses_names_that_lists_cannot_hold(
 
 def test_list_pictures_of_folders_and_lists(tmp_path: Path, picture: images.Picture) -> None:
     (tmp_path / "a").mkdir()
-    for name in ("b.png", "a/c.jpg", "a/.hidden.png"):
+    for name in ("b.PNG", "a/c.jpg", "a/.hidden.png"):
         images.to_pillow(picture).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("b.png\n\n")
-    assert [name for _, name in images.list_pictures(tmp_path)] == ["a/c.jpg", "b.png"]
-    assert images.list_pictures(tmp_path / "notes.txt") == [(tmp_path / "b.png", "b.png")]
-    (tmp_path / "notes.txt").write_text("b.png\nmissing.png\n")
+    (tmp_path / "notes.txt").write_text("b.PNG\n\n")
+    assert [name for _, name in images.list_pictures(tmp_path)] == ["a/c.jpg", "b.PNG"]
+    assert images.list_pictures(tmp_path / "notes.txt") == [(tmp_path / "b.PNG", "b.PNG")]
+    (tmp_path / "notes.txt").write_text("b.PNG\nmissing.png\n")
     with pytest.raises(ValueError, match="1 file.s. that do not exist .* first: missing.png"):
         images.list_pictures(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="neither a folder nor a text file"):
-        images.list_pictures(tmp_path / "b.png")
+        images.list_pictures(tmp_path / "b.PNG")

@@ -16,6 +16,7 @@ from sr_dist import images, indexing, shard_reader, shard_writer, shards, storag
 from sr_dist.errors import UserError
 from sr_dist.shard_writer import Options
 from tests.helpers import contents
+from tests.runs import full_disk
 from tests.streams import read, read_batches
 
 
@@ -167,8 +168,8 @@ def test_no_usable_picture(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.png").write_text("no")
     with pytest.raises(UserError, match="none of 1 pictures can be used; first: a.png"):
-        write(tmp_path / "source", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        write(tmp_path / "source", tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_stopped_run_goes_on_and_comes_to_the_same(
@@ -181,7 +182,7 @@ def test_a_stopped_run_goes_on_and_comes_to_the_same(
     def stopping(job: shard_writer._Job) -> dict[str, object]:
         calls.append(job.number)
         if len(calls) == 3:
-            (job.output / "shard-000002.tar.part").write_bytes(b"half")
+            (job.output / ".shard-000002.tar.0.part").write_bytes(b"half")
             raise KeyboardInterrupt
         return real(job)
 
@@ -211,6 +212,38 @@ def test_complete_output_is_kept_and_never_overwritten(photographs: Path, tmp_pa
     with pytest.raises(UserError, match="holds shards of other pictures or options"):
         write(photographs, tmp_path / "out", tile=128)
     assert contents(tmp_path / "out") == before
+
+
+def test_shards_that_went_missing_are_written_again(photographs: Path, tmp_path: Path) -> None:
+    write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "shard-000001.tar").unlink()
+    (tmp_path / "out" / "shard-000002.tar").write_bytes(b"cut")
+    result = write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
+    assert not result.already_complete and contents(tmp_path / "out") == before
+
+
+def test_what_is_left_of_progress_is_removed(photographs: Path, tmp_path: Path) -> None:
+    """Of a run that was killed after it had written the index."""
+    write(photographs, tmp_path / "out")
+    (tmp_path / "out" / ".progress").mkdir()
+    (tmp_path / "out" / ".progress" / "inputs.json").write_text("{}")
+    assert write(photographs, tmp_path / "out").already_complete
+    assert not (tmp_path / "out" / ".progress").exists()
+
+
+def test_tars_of_others_are_not_mixed_with(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "film.tar").write_text("not ours")
+    with pytest.raises(UserError, match="holds tars without an index.json; choose another"):
+        write(photographs, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["film.tar"]
+
+
+def test_a_full_disk_is_told_with_the_shard(photographs: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        with full_disk(), pytest.raises(OSError, match="File too large: .*shard-000000.tar"):
+            write(photographs, tmp_path / "out", workers, tile=64)
+        assert not list((tmp_path / "out").glob("*shard*"))
 
 
 def test_changed_pictures_of_the_same_size_are_noticed(tmp_path: Path) -> None:

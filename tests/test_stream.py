@@ -117,7 +117,7 @@ def test_16_bit_gray_is_kept_up_to_the_crop(tmp_path: Path) -> None:
 def test_16_bit_gray_is_no_colour_picture(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     images.save(np.zeros((64, 64, 1), np.uint16), tmp_path / "in" / "deep.png")
-    with pytest.raises(UserError, match="deep.png is 16-bit gray, which is kept as one channel"):
+    with pytest.raises(UserError, match="deep.png is 16-bit gray, which is read as one channel"):
         shard_writer.write(
             images.list_pictures(tmp_path / "in"),
             tmp_path / "shards",

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from sr_dist import images, models, upscale
+from tests.generators import build, describe
 
 
-def generator(channels: int = 3, scale: int = 4) -> torch.nn.Module:
+def generator(channels: int = 3, scale: int = 4, name: str = "swift_srgan") -> torch.nn.Module:
     torch.manual_seed(0)
     built = models.build_generator(
-        "swift_srgan", scale=scale, channels=channels, num_channels=8, num_blocks=3
+        name, scale=scale, channels=channels, num_channels=8, num_blocks=3
     )
     return built.eval()
 
@@ -32,6 +33,23 @@ def test_tiles_give_the_picture_of_the_whole(
     assert (tiled != whole).mean() < 1e-3
 
 
+@pytest.mark.parametrize("name", ["swift_srgan", "srgan"])
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_tiles_see_as_far_as_the_generator_reaches(
+    name: str, scale: int, picture: images.Picture
+) -> None:
+    """A pixel at the edge of its reach changes the result, one beyond does not."""
+    network = build(describe(name, scale=scale, num_channels=8, num_blocks=2), seed=1).double()
+    reach = models.reach(network)
+    lr = torch.rand(1, 3, 1, 2 * reach + 8, dtype=torch.double).requires_grad_(True)
+    middle = reach + 4  # its leftmost and rightmost pixels reach furthest
+    sr = network(lr)[..., scale * middle : scale * (middle + 1)]
+    (gradient,) = torch.autograd.grad(sr.square().sum(), lr)
+    (touched,) = torch.nonzero(gradient.abs().sum((0, 1, 2)), as_tuple=True)
+    assert middle - int(touched.min()) <= reach and int(touched.max()) - middle <= reach
+    assert max(middle - int(touched.min()), int(touched.max()) - middle) >= reach - 1
+
+
 def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     network, seen = generator(), []
     network.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
@@ -39,7 +57,7 @@ def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     upscale.upscale(network, picture, scale=4, tile=32)
     side = 32 + 2 * models.reach(network)
     assert len(seen) == 4 * 5
-    assert all(max(shape[2:]) <= side for shape in seen)
+    assert max(max(shape[2:]) for shape in seen) == side
 
 
 def test_gray_stays_gray_and_alpha_stays(picture: images.Picture, tmp_path: Path) -> None:
