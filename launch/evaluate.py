@@ -49,7 +49,9 @@ def parse_arguments() -> argparse.Namespace:
         choices=("nearest", "bilinear", "bicubic", "lanczos"),
         help="a classical method; may be given several times",
     )
-    parser.add_argument("--scale", required=True, type=int, metavar="N", help="enlargement")
+    parser.add_argument(
+        "--scale", type=int, metavar="N", help="enlargement (default: the first checkpoint's)"
+    )
     parser.add_argument(
         "--protocol", choices=("y", "rgb"), default="y", help="luma (default) or rgb"
     )
@@ -87,21 +89,26 @@ def main() -> None:
         scale = arguments.scale
         if not arguments.method and not arguments.checkpoint:
             raise UserError("nothing to measure; give --checkpoint FILE_OR_RUN or --method bicubic")
-        if scale < 2:
+        if scale is None and not arguments.checkpoint:
+            raise UserError("classical methods enlarge any number of times: give --scale, as in 4")
+        if scale is not None and scale < 2:
             raise UserError(f"--scale: expected 2 or more, found {scale}")
         if arguments.bits is not None and not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
         if arguments.tile < 16:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
-        upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        channels = {}
-        for path in arguments.checkpoint:
-            generator, description = generators.load(path)
+        loaded = {path: generators.load(path) for path in arguments.checkpoint}
+        for path, (_, description) in loaded.items():
+            scale = scale or description["scale"]
             if description["scale"] != scale:
+                other = "--scale is" if arguments.scale else f"{arguments.checkpoint[0]} enlarges"
                 raise UserError(
-                    f"{path} enlarges {description['scale']} times, but --scale is {scale}"
+                    f"{path} enlarges {description['scale']} times, but {other} {scale}"
                 )
+        upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
+        channels = {}
+        for path, (generator, description) in loaded.items():
             channels[path] = description["channels"]
             generator.to(device=device, memory_format=torch.channels_last)
             own = path.resolve().name.removesuffix(".pth.tar")
@@ -132,7 +139,7 @@ def main() -> None:
             "bits": arguments.bits or next(filter(None, map(generators.bits_of, channels)), 16),
         }
         distance = lpips.build(arguments.lpips, device) if arguments.lpips else None
-        total = evaluate.check(**data)
+        total = evaluate.check(**data).pictures
         pairs = evaluate.read_pairs(**data)
         protocol = metrics.protocol(arguments.protocol, scale, lpips=distance is not None)
         writer = report.Writer(arguments.output, scale=scale, protocol=protocol)

@@ -94,6 +94,7 @@ def main() -> None:
         from sr_dist import export, generators, model_card
 
         export.check_output(output, kind)
+        there = output.exists()
         paths = arguments.interpolate or [arguments.checkpoint]
         loaded = [generators.load(path) for path in paths]
         generator, description = loaded[0]
@@ -114,8 +115,9 @@ def main() -> None:
                 metrics=metrics and export.read_metrics(metrics, description["scale"]),
             )
             difference = export.write_safetensors(generator, description, output, facts)
+        instead = ", in place of what was there" if there else ""
         compared = "" if difference is None else f", differs from the model by {difference:.1e}"
-        print(f"{output}: {description['name']}, x{description['scale']}{compared}")
+        print(f"{output}: {description['name']}, x{description['scale']}{compared}{instead}")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,8 @@ python tools/make_dataset.py --source sample --output $data/images
 python tools/split_dataset.py --images $data/images --val-fraction 0.2 --seed 18
 python tools/make_shards.py --images $data/images/train.txt --output $data/shards --tile 128
 
-hardware=cpu
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then hardware=single_gpu; fi
-accelerate launch --config_file launch/accelerate/$hardware.yaml \
-  --num_cpu_threads_per_process "$(python -c 'import os; print(os.cpu_count())')" \
-  launch/train.py --config configs/quickstart.yaml "$@"
+# One process, on a GPU if there is one; with accelerate launch it would be as many as there are.
+python launch/train.py --config configs/quickstart.yaml "$@"
 
 cat <<'TEXT'
 

@@ -95,7 +95,6 @@ def main() -> None:
             except images.PictureError as error:
                 rejects.append(f"{path} {error}")
                 continue
-            (arguments.output / target).parent.mkdir(parents=True, exist_ok=True)
             images.save(result, arguments.output / target, images.colour_profile(path))
         print(f"{len(pictures) - len(rejects)} picture(s) in {arguments.output}")
         if rejects:

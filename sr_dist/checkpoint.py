@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Collection, Container, Mapping
 from pathlib import Path
@@ -30,6 +31,14 @@ log = logging.getLogger(__name__)
 
 META = "meta.json"
 TRAINING = "training.pt"
+# What settings are called that a checkpoint holds under other names; the rest are of the model.
+_SETTINGS = {
+    ("generator", "scale"): "data.scale",
+    ("generator", "channels"): "data.channels",
+    ("discriminator", "channels"): "data.channels",
+    ("data", "shards"): "data.train",
+    ("data", "seed"): "run.seed",
+}
 _GENERATORS = ("ema.safetensors", "generator.safetensors")
 
 
@@ -97,8 +106,9 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
     """Write `folder/step-N`, whole or not at all; then remove old ones. For rank 0 alone.
 
     `keep` remain, the newest, and the one whose `metrics` in meta.json are the best by `best`
-    (psnr, ssim, lpips; None for none), which a link `best` beside the folder names. Later ones are
-    removed too: this run did not come from them, because they were found damaged.
+    (psnr, ssim, lpips; None for none), which a link `best` beside the folder names; those that were
+    measured on the newest one's `validation` pictures are compared. Later ones are removed too:
+    this run did not come from them, because they were found damaged.
     """
     target = folder / f"step-{held.step:08d}"
     partial = target.with_suffix(".tmp")
@@ -141,8 +151,12 @@ def check_room(folder: Path, size: int, keep: int) -> int:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"cannot use {folder}: {place} is no folder that can be written to")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot use {folder}: in {place} nothing can be written: {error.strerror}"
+        ) from None
     free = shutil.disk_usage(place).free
     if free < (keep + 2) * size:
         raise UserError(
@@ -157,27 +171,43 @@ def _prune(folder: Path, newest: Path, keep: int, best: str | None) -> None:
     earlier = [other for other in _folders(folder) if _step(other) < step]
     kept = {newest, *earlier[: keep - 1]}
     if best is not None:
-        scores = {path: _score(path, best) for path in (newest, *earlier)}
+        validation = _meta(newest).get("validation")
+        scores = {path: _score(path, best, validation) for path in (newest, *earlier)}
         known = {path: score for path, score in scores.items() if score is not None}
+        link = folder.parent / "best"
         if known:
             leader = max(known, key=lambda path: known[path])
             kept.add(leader)
-            link = folder.parent / f".best.{os.getpid()}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path(folder.name) / leader.name)
-            os.replace(link, folder.parent / "best")
+            fresh = folder.parent / f".best.{os.getpid()}"
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(Path(folder.name) / leader.name)
+            os.replace(fresh, link)
+        elif link.is_symlink():
+            kept.add(folder / link.readlink().name)
     for old in _folders(folder):
         if old not in kept:
             shutil.rmtree(old)
 
 
-def _score(path: Path, metric: str) -> float | None:
-    """A checkpoint's metric, such that more is better; None where it was not measured."""
+def _meta(path: Path) -> dict[str, Any]:
+    """What meta.json says; nothing where it is damaged."""
     try:
-        value = json.loads((path / META).read_text(encoding="utf-8"))["metrics"][metric]
-    except (OSError, ValueError, KeyError, TypeError):
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def _score(path: Path, metric: str, validation: str | None) -> float | None:
+    """A checkpoint's metric, such that more is better; None where it was not measured there."""
+    meta = _meta(path)
+    try:
+        value = float(meta["metrics"][metric])
+    except (KeyError, TypeError, ValueError):
         return None
-    return -float(value) if metric == "lpips" else float(value)
+    if meta.get("validation") != validation:
+        return None
+    return -value if metric == "lpips" else value
 
 
 class Saver:
@@ -266,20 +296,26 @@ def find_start(folder: Path, resume: str, identity: Mapping[str, Any]) -> Checkp
             f"{folder} holds a run that got to step {found.step}, and run.resume is never. Choose "
             "another run.name, or delete the folder."
         )
+    changes = []
     for section, now in identity.items():
         before = found.meta.get(section)
-        if before == now:
-            continue
         if before is None or now is None:
-            had = "without" if before is None else "with"
-            change = f"as now set: it was trained {had} a {section}"
-        else:
-            change = f"with another {section}: " + ", ".join(
-                f"{key} was {before.get(key)}, is {now[key]}"
-                for key in now
-                if before.get(key) != now[key]
-            )
-        raise UserError(f"{folder} cannot go on {change}. Set it back or choose another run.name.")
+            if before != now:
+                changes.append(f"it has {'no' if before is None else 'a'} {section}")
+            continue
+        for key in now:
+            name = _SETTINGS.get((section, key), f"model.{section}.{key}")
+            if key == "shards" and before.get(key) != now[key]:
+                changes.append(f"{name} names other shards than it was trained on")
+            elif before.get(key) != now[key]:
+                changes.append(f"{name} was {before.get(key)}, is {now[key]}")
+    if changes:
+        fits = found.meta.get("generator") == identity.get("generator")
+        start = f", which may start from its generator: train.start_from={found.folder}" * fits
+        raise UserError(
+            f"{found.folder} cannot be gone on from: {'; '.join(changes)}. Set that back, or "
+            f"choose another run.name for a new run{start}"
+        )
     return found
 
 
@@ -320,6 +356,8 @@ def find_in(path: Path, names: Container[str] | None = _GENERATORS) -> Checkpoin
     if found is None:
         files = sorted(file.name for file in path.glob("netG_*.pth.tar"))
         hint = f", or a file in it, such as {files[-1]}" if files else ""
+        runs = sorted(str(each.parent) for each in path.glob("*/checkpoints"))
+        hint += f"; runs in it: {', '.join(runs)}" if runs else ""
         raise UserError(
             f"{path} holds no whole checkpoint; expected a run's folder or a checkpoint's{hint}"
         )

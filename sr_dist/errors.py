@@ -78,7 +78,10 @@ def exit_on_user_error(again: str = "") -> Iterator[None]:
             and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         ):
             raise
-        _say(f"cannot use {error.filename or 'the disk'}: {error.strerror}")
+        reason = error.strerror
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            reason = "a file lies where a folder is needed"
+        _say(f"cannot use {error.filename or 'the disk'}: {reason}")
         raise SystemExit(USER_MISTAKE) from None
 
 

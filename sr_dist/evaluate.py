@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ Upscaler = Callable[[images.Picture], images.Picture]  # (H, W, C) → (scale·H
 
 _IDENTICAL = 100.0  # dB, in place of infinity, so that averages and JSON stay numbers
 _LABEL_HEIGHT = 20  # pixels
+_LISTED = 20  # pictures that cannot be used
 _GAP = 4
 
 
@@ -73,40 +75,54 @@ def read_pairs(
     Raises:
         UserError: nothing is there, a picture cannot be used, or an LR does not fit its HR.
     """
+    pair = _pair_maker(scale=scale, channels=channels, lr_folder=lr_folder, bits=bits)
+    for number, (name, source) in enumerate(_sources(data, reading)):
+        if wanted(number):
+            try:
+                yield pair(name, source)
+            except images.PictureError as error:
+                raise UserError(f"{data}: {error}") from None
+
+
+def _pair_maker(
+    *, scale: int, channels: int, lr_folder: Path | None = None, bits: int = 16
+) -> Callable[[str, bytes | Path], Pair]:
+    """See `read_pairs`. What is wrong with a picture is raised as PictureError, with its name."""
     least = 2 * scale + metrics.SSIM_SIDE
     given = _by_place(lr_folder) if lr_folder is not None else {}
-    for number, (name, source) in enumerate(_sources(data, reading)):
-        if not wanted(number):
-            continue
+
+    def decoded(source: bytes | Path, name: str | Path) -> images.Picture:
         try:
-            hr = images.decode_8_bits(source, channels, bits)
+            return images.decode_8_bits(source, channels, bits)
         except images.PictureError as error:
-            raise UserError(f"{data}: {name} {error}; take it out") from None
+            raise images.PictureError(f"{name} {error}") from None
+
+    def pair(name: str, source: bytes | Path) -> Pair:
+        hr = decoded(source, name)
         size = f"{hr.shape[1]}x{hr.shape[0]}"
         if lr_folder is None:
             hr = images.crop_to_multiple(hr, scale)
         else:
             path = _find_lr(given, lr_folder, name, scale)
-            try:
-                lr = images.decode_8_bits(path, channels, bits)
-            except images.PictureError as error:
-                raise UserError(f"{path} {error}") from None
+            lr = decoded(path, path)
             height, width = scale * lr.shape[0], scale * lr.shape[1]
             over = (hr.shape[0] - height, hr.shape[1] - width)
             if min(over) < 0 or max(over) >= scale:
-                raise UserError(
+                raise images.PictureError(
                     f"{path} is {lr.shape[1]}x{lr.shape[0]} pixels, which times {scale} is not the "
                     f"size of {name} ({size})"
                 )
             hr = hr[:height, :width]
         if min(hr.shape[:2]) < least:
-            raise UserError(
-                f"{data}: {name} is {size} pixels; the metrics need {least} on each side, which "
-                f"is cut to a multiple of {scale}; take it out"
+            raise images.PictureError(
+                f"{name} is {size} pixels; the metrics need {least} on each side, which is cut to "
+                f"a multiple of {scale}"
             )
         if lr_folder is None:
             lr = images.to_pictures(images.downscale(images.to_batch([hr]), scale))[0]
-        yield Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr))
+        return Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr))
+
+    return pair
 
 
 def count(data: str, reading: storage.Settings = storage.DEFAULT) -> int:
@@ -143,13 +159,41 @@ def is_gray(data: str, reading: storage.Settings = storage.DEFAULT) -> bool:
     return True
 
 
-def check(data: str, **options: Any) -> int:
-    """Read all that `read_pairs` will read, given the same. Returns the number of pairs.
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What `check` found."""
+
+    pictures: int
+    fingerprint: str  # of names and pixels
+
+
+def check(data: str, *, reading: storage.Settings = storage.DEFAULT, **options: Any) -> Checked:
+    """Read all that `read_pairs` will read, given the same.
 
     Raises:
-        UserError: as `read_pairs`.
+        UserError: as `read_pairs`, but with all pictures that cannot be used.
     """
-    return sum(1 for _ in read_pairs(data, **options))
+    pair, digest = _pair_maker(**options), hashlib.sha256()
+    pictures, problems = 0, []
+    for name, source in _sources(data, reading):
+        pictures += 1
+        try:
+            found = pair(name, source)
+        except images.PictureError as error:
+            problems.append(str(error))
+            continue
+        digest.update(f"{name}\0{found.hr.shape}".encode() + found.lr.tobytes())
+        digest.update(found.hr.tobytes())
+    if problems:
+        listed = problems[:_LISTED]
+        more = [f"… and {len(problems) - _LISTED} more"] * (len(problems) > _LISTED)
+        raise UserError(
+            f"{data}: {len(problems)} of {pictures} pictures cannot be measured; take them out:\n  "
+            + "\n  ".join(listed + more)
+            if len(problems) > 1
+            else f"{data}: {problems[0]}; take it out"
+        )
+    return Checked(pictures, digest.hexdigest())
 
 
 def evaluate(
@@ -301,5 +345,7 @@ def _find_lr(
     where = folder if place == "." else folder / place
     if found:
         listing = ", ".join(path.name for path in found)
-        raise UserError(f"{where} holds several LR pictures for {name}: {listing}; keep one")
-    raise UserError(f"{where} holds no LR picture for {name}: looked for {', '.join(wanted)}")
+        raise images.PictureError(f"{name} has several LR pictures in {where}: {listing}")
+    raise images.PictureError(
+        f"{name} has no LR picture in {where}: looked for {', '.join(wanted)}"
+    )

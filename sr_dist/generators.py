@@ -77,7 +77,10 @@ def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
         if found.get(key) != description[key]
     ]
     if differing:
-        raise UserError(f"{where} holds another generator: {', '.join(differing)}")
+        raise UserError(
+            f"train.start_from: {where} holds another generator: {', '.join(differing)}; set these "
+            "as it has them, or start from another"
+        )
     return state
 
 

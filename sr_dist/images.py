@@ -101,6 +101,8 @@ def list_pictures(source: Path) -> list[tuple[Path, str]]:
     if not source.exists():
         raise UserError(f"{source} does not exist; expected a folder of pictures or a list of them")
     try:
+        if source.suffix.lower() in SUFFIXES:
+            raise UserError(f"{source} is named as a picture; expected a folder, or a list of them")
         lines = source.read_text(encoding="utf-8").splitlines()
     except (UnicodeDecodeError, OSError):
         raise UserError(

@@ -83,11 +83,8 @@ def meta_of(
     plan: shards.Plan,
     position: Position,
     means: list[evaluate.Mean],
-    bits: int,
 ) -> dict[str, Any]:
-    """What a checkpoint says of itself; `means`: of the evaluation at its step, if any; `bits`:
-    significant ones of 16-bit gray.
-    """
+    """What a checkpoint says of itself; `means`: of the evaluation at its step, if any."""
     epochs, step_in_epoch = divmod(position.place, plan.steps_per_epoch)
     metrics_of = {}
     if means:
@@ -102,7 +99,6 @@ def meta_of(
             "steps_per_epoch": plan.steps_per_epoch,
         },
         "metrics": metrics_of,
-        "bits": bits,
         "world_size": processes.world_size,
         "versions": {"sr_dist": __version__, "torch": torch.__version__},
     }

@@ -98,6 +98,8 @@ def build(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
     for name in values:
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
+            if not near and not prefix:  # it may be that of a section
+                near = [key for key in _keys(kind) if key.rpartition(".")[2] == name][:1]
             hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
             problems.append(f"{prefix}{name}: unknown key; {hint}")
     given: dict[str, Any] = {}
@@ -112,6 +114,17 @@ def build(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
         elif field.default is dataclasses.MISSING:
             problems.append(f"{key}: missing; {field.metadata['meaning']}")
     return kind(**given) if len(problems) == before else None
+
+
+def _keys(kind: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all settings."""
+    annotations = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        annotation = annotations[field.name]
+        if dataclasses.is_dataclass(annotation):
+            yield from _keys(typing.cast(type, annotation), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
 
 
 def _value(
@@ -143,8 +156,9 @@ def _value(
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         optional = " or null" if types.NoneType in kinds else ""
         expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        hint = f"; for the text, write '\"{value}\"'" if kind is str else ""
-        problems.append(f"{key}: expected {expected[kind]}{optional}, found {value!r}{hint}")
+        hint = f"; for the text, write '\"{value}\"'" if kind is str and value is not None else ""
+        found = "nothing" if value is None else repr(value)
+        problems.append(f"{key}: expected {expected[kind]}{optional}, found {found}{hint}")
         return value
     if limits["path"]:
         value = os.path.expanduser(value)

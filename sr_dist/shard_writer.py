@@ -118,6 +118,8 @@ def write(
     assert options.encode != "keep" or not options.tile, "the original bytes are whole pictures"
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; expected a folder, or nothing, there")
+    if any(path.parent.resolve() == output.resolve() for path, _ in pictures):
+        raise UserError(f"{output} holds pictures that are read; choose another --output")
     run = functools.partial(_in_turn, executor)
     read = run(functools.partial(_probe, options), pictures)
     sources = list(progress(read, "reading", len(pictures)))

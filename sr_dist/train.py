@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -119,7 +120,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                 f"{data.validation} holds gray pictures alone, but data.channels is 3; validate on "
                 "colour pictures, or train with data.channels 1"
             )
-        validation_pictures = evaluate.check(
+        checked = evaluate.check(
             data.validation,
             scale=data.scale,
             channels=data.channels,
@@ -218,7 +219,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             plan.crops_per_image,
             steps_per_epoch,
             batch_size,
-            validation_pictures,
+            checked.pictures,
         )
         for setting in _without_effect(config, total_images):
             log.warning("without effect: %s", setting)
@@ -230,15 +231,13 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
             for change in _changes(folder / "config.yaml", config):
                 log.info("changed since: %s", change)
+            if start.meta.get("validation", checked.fingerprint) != checked.fingerprint:
+                log.info(
+                    "the validation pictures are others than before: their PSNR is not that of "
+                    "earlier epochs, and `best` is chosen among checkpoints from here on"
+                )
     if dry:
         return None
-    if processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_whole(folder / "config.yaml", to_yaml(config))
-        tracker = tracking.Tracker(
-            folder, first_step=first_step, first_epoch=position.place // steps_per_epoch
-        )
-        tracker.config(to_yaml(config), first_step)
     batches = stream.batches(
         stream.CropStream(
             index=index,
@@ -258,6 +257,14 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         num_workers=data.num_workers,
         pin_memory=processes.device.type == "cuda",
     )
+    batches = itertools.chain([next(batches)], batches)  # shards that cannot be read end it here
+    if processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_whole(folder / "config.yaml", to_yaml(config))
+        tracker = tracking.Tracker(
+            folder, first_step=first_step, first_epoch=position.place // steps_per_epoch
+        )
+        tracker.config(to_yaml(config), first_step)
     progress = tracking.Progress(
         total=total_images, done=position.images_seen, visible=processes.is_main
     )
@@ -346,7 +353,8 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                 finally:
                     state = resuming.state_of(processes, networks, epoch_means, skipped, buffers)
                     now = resuming.Position(step, images_seen + batch_size, place)
-                    meta = resuming.meta_of(identity, processes, plan, now, measured, data.bits)
+                    meta = resuming.meta_of(identity, processes, plan, now, measured)
+                    meta |= {"bits": data.bits, "validation": checked.fingerprint}
                     saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
                     saved_at = time.monotonic()
                 if stops:  # before any rank ends: launchers end the others then

@@ -142,9 +142,9 @@ def test_start_is_refused_for_another_model_or_data(tmp_path: Path) -> None:
     same = checkpoint.find_start(tmp_path, "auto", {"generator": ARGUMENTS})
     assert same is not None and same.step == 3
     assert checkpoint.find_start(tmp_path / "none", "never", {}) is None
-    with pytest.raises(UserError, match="another generator: num_channels was 8, is 16"):
+    with pytest.raises(UserError, match="model.generator.num_channels was 8, is 16"):
         checkpoint.find_start(tmp_path, "auto", {"generator": {**ARGUMENTS, "num_channels": 16}})
-    with pytest.raises(UserError, match="trained without a discriminator"):
+    with pytest.raises(UserError, match="it has no discriminator"):
         checkpoint.find_start(tmp_path, "auto", {"discriminator": {"head": "gap"}})
     with pytest.raises(UserError, match="got to step 3, and run.resume is never"):
         checkpoint.find_start(tmp_path, "never", {})

@@ -41,9 +41,17 @@ def test_all_problems_come_at_once_each_with_its_key(tmp_path: Path) -> None:
         optimizer: {generator: {learning_rate: -1}}
     """
     with pytest.raises(UserError) as caught:
-        load(tmp_path, text, "train.epochs=0", "tracking=3", "nonsense", "train.amp=true")
+        words = (
+            "train.epochs=0",
+            "tracking=3",
+            "nonsense",
+            "train.amp=true",
+            "epochs=3",
+            "run.name=",
+        )
+        load(tmp_path, text, *words)
     message = str(caught.value)
-    assert "9 problem(s)" in message
+    assert "11 problem(s)" in message
     for expected in (
         "data.scle: unknown key; did you mean data.scale?",
         "data.validation: missing",
@@ -54,6 +62,8 @@ def test_all_problems_come_at_once_each_with_its_key(tmp_path: Path) -> None:
         "'nonsense': expected section.key=value",
         "train.amp: unknown key; valid: epochs",
         "tracking: expected a section with keys, found 3",
+        "epochs: unknown key; did you mean train.epochs?",
+        "run.name: expected text, found nothing (command line)",
     ):
         assert expected in message
 

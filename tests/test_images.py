@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -380,4 +381,6 @@ def test_list_pictures_of_folders_and_lists(tmp_path: Path, picture: images.Pict
     with pytest.raises(ValueError, match="1 file.s. that do not exist .* first: missing.png"):
         images.list_pictures(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="neither a folder nor a text file"):
+        images.list_pictures(Path(sys.executable))
+    with pytest.raises(ValueError, match="b.PNG is named as a picture; expected a folder, or a"):
         images.list_pictures(tmp_path / "b.PNG")

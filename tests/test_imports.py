@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -121,6 +123,15 @@ for name in {names!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_library(tmp_path: Path) -> None:
+    """Such as a clone, seen from the folder above it."""
+    (tmp_path / "sr_dist" / "sr_dist").mkdir(parents=True)
+    command = [sys.executable, "-c", "import sr_dist; print(sr_dist.load)"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "function load" in done.stdout, done.stderr
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:

@@ -126,14 +126,33 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
 def test_changes_that_a_run_cannot_follow(recipe: Path) -> None:
     train.run(load(recipe, "train.epochs=1"))
     for override, message in (
-        ("model.generator.num_channels=16", "another generator: num_channels was 8, is 16"),
-        ("data.scale=2", "another generator: scale was 4, is 2"),
-        ("loss.adversarial.weight=0", "it was trained with a discriminator"),
+        ("model.generator.num_channels=16", "model.generator.num_channels was 8, is 16. Set that"),
+        ("data.scale=2", "data.scale was 4, is 2"),
+        ("loss.adversarial.weight=0", "it has a discriminator"),
         ("run.resume=never", "run.resume is never"),
-        ("run.seed=1", "another data: seed was 0, is 1"),
+        ("run.seed=1", "run.seed was 0, is 1. .* train.start_from=.*step-00000018"),
     ):
         with pytest.raises(UserError, match=message):
             train.run(load(recipe, override))
+
+
+def test_other_validation_pictures_begin_the_choice_of_the_best_anew(
+    recipe: Path, photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = train.run(load(recipe, "train.epochs=1")).folder
+    meta = folder / "best" / "meta.json"
+    values = json.loads(meta.read_text())
+    meta.write_text(json.dumps({**values, "metrics": {"psnr": 99.0}}))  # pictures as easy as that
+    (tmp_path / "coffee.png").write_bytes((photographs / "coffee.png").read_bytes())
+    (tmp_path / "val.txt").write_text("chelsea.png\ncoffee.png\n")
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, "checkpoint.every_steps=9"))
+    assert "the validation pictures are others than before" in caplog.text
+    assert os.readlink(folder / "best") == "checkpoints/step-00000036"
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, "train.epochs=3", "checkpoint.keep=1"))
+    assert "the validation pictures" not in caplog.text
 
 
 def test_a_run_can_start_from_another(recipe: Path, tmp_path: Path) -> None:
@@ -269,7 +288,7 @@ def test_other_shards_of_the_same_number_of_samples_are_refused(
     train.run(load(recipe, "train.epochs=1"))
     options = shard_writer.Options(tile=64, samples_per_shard=60, min_size=48, seed=5)
     shard_writer.write(images.list_pictures(photographs), tmp_path / "other", options)
-    with pytest.raises(UserError, match="another data: shards was"):
+    with pytest.raises(UserError, match="data.train names other shards than it was trained on"):
         train.run(load(recipe, f"data.train={tmp_path}/other"))
 
 

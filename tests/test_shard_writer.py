@@ -232,6 +232,13 @@ def test_what_is_left_of_progress_is_removed(photographs: Path, tmp_path: Path) 
     assert not (tmp_path / "out" / ".progress").exists()
 
 
+def test_shards_do_not_lie_among_pictures(photographs: Path) -> None:
+    before = contents(photographs)
+    with pytest.raises(UserError, match="holds pictures that are read; choose another --output"):
+        write(photographs, photographs)
+    assert contents(photographs) == before
+
+
 def test_tars_of_others_are_not_mixed_with(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "film.tar").write_text("not ours")
     with pytest.raises(UserError, match="holds tars without an index.json; choose another"):
