@@ -131,21 +131,33 @@ def main() -> None:
             )
         if not gray and wanted == 1:
             logging.info("the model is of one channel: colour pictures are measured as luma")
+        bits = {path: generators.bits_of(path) for path in channels}
+        if not arguments.bits and len(set(bits.values()) - {None}) > 1:
+            listing = ", ".join(f"{path} has {number}" for path, number in bits.items() if number)
+            raise UserError(f"models of different significant bits: {listing}; choose with --bits")
+        significant = arguments.bits or next(filter(None, bits.values()), 16)
         data = {
             "data": arguments.data,
             "scale": scale,
             "channels": wanted,
             "lr_folder": arguments.lr,
-            "bits": arguments.bits or next(filter(None, map(generators.bits_of, channels)), 16),
+            "bits": significant,
         }
         distance = lpips.build(arguments.lpips, device) if arguments.lpips else None
-        total = evaluate.check(**data).pictures
+        checked = evaluate.check(**data)
         pairs = evaluate.read_pairs(**data)
-        protocol = metrics.protocol(arguments.protocol, scale, lpips=distance is not None)
-        writer = report.Writer(arguments.output, scale=scale, protocol=protocol)
+        protocol = metrics.protocol(
+            arguments.protocol,
+            scale,
+            lpips=distance is not None,
+            bits=significant if checked.deep else None,
+        )
+        writer = report.Writer(
+            arguments.output, data=arguments.data, scale=scale, protocol=protocol
+        )
         rows = evaluate.evaluate(
             upscalers,
-            tqdm(pairs, total=total, unit="picture", disable=None),
+            tqdm(pairs, total=checked.pictures, unit="picture", disable=None),
             colour=arguments.protocol,
             border=scale,
             lpips=distance,

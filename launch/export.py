@@ -114,7 +114,8 @@ def main() -> None:
                 data=arguments.data,
                 metrics=metrics and export.read_metrics(metrics, description["scale"]),
             )
-            difference = export.write_safetensors(generator, description, output, facts)
+            bits = generators.bits_of(paths[0])
+            difference = export.write_safetensors(generator, description, output, facts, bits)
         instead = ", in place of what was there" if there else ""
         compared = "" if difference is None else f", differs from the model by {difference:.1e}"
         print(f"{output}: {description['name']}, x{description['scale']}{compared}{instead}")

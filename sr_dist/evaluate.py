@@ -164,6 +164,7 @@ class Checked:
     """What `check` found."""
 
     pictures: int
+    deep: int  # of them with 16 bits
     fingerprint: str  # of names and pixels
 
 
@@ -174,11 +175,12 @@ def check(data: str, *, reading: storage.Settings = storage.DEFAULT, **options: 
         UserError: as `read_pairs`, but with all pictures that cannot be used.
     """
     pair, digest = _pair_maker(**options), hashlib.sha256()
-    pictures, problems = 0, []
+    pictures, deep, problems = 0, 0, []
     for name, source in _sources(data, reading):
         pictures += 1
         try:
             found = pair(name, source)
+            deep += images.header(source).deep
         except images.PictureError as error:
             problems.append(str(error))
             continue
@@ -193,7 +195,7 @@ def check(data: str, *, reading: storage.Settings = storage.DEFAULT, **options: 
             if len(problems) > 1
             else f"{data}: {problems[0]}; take it out"
         )
-    return Checked(pictures, digest.hexdigest())
+    return Checked(pictures, deep, digest.hexdigest())
 
 
 def evaluate(

@@ -144,10 +144,12 @@ def write_safetensors(
     description: Mapping[str, Any],
     output: Path,
     facts: model_card.Facts | None = None,
+    bits: int | None = None,
 ) -> float:
     """Write a folder (or, where `output` ends in .safetensors, a file) that `sr_dist.load` opens.
 
-    Other arguments as of `write_onnx`. `facts`: for the model card of a folder.
+    Other arguments as of `write_onnx`. `facts`: for the model card of a folder. `bits`: significant
+    ones of 16-bit gray that the generator was trained with.
 
     Returns the greatest difference between the output of what was written and the generator's.
 
@@ -156,7 +158,7 @@ def write_safetensors(
     """
     check_output(output, "safetensors")
     folded, folded_description = _fold(generator, description)
-    data = model_files.tensors(folded, folded_description)
+    data = model_files.tensors(folded, folded_description, bits)
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / _name("safetensors")
         trial.write_bytes(data)
@@ -169,7 +171,7 @@ def write_safetensors(
         parameters = sum(parameter.numel() for parameter in folded.parameters())
         facts = facts or model_card.Facts(output.name, sources=())
         card = model_card.write(description, parameters, facts)
-        model_files.write_folder(output, data, folded_description, card)
+        model_files.write_folder(output, data, folded_description, card, bits)
     return difference
 
 

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from sr_dist import checkpoint, files, model_files, models, weights
 from sr_dist.errors import UserError
 
-EXTRA = "sr_dist"  # the key that our .pth.tar files carry beside "model"
+EXTRA, BITS = "sr_dist", "sr_dist_bits"  # what our .pth.tar files carry beside "model"
 
 
-def save_published(module: nn.Module, path: Path, description: dict[str, Any]) -> None:
+def save_published(
+    module: nn.Module, path: Path, description: dict[str, Any], bits: int | None = None
+) -> None:
     """Write `{"model": state_dict}`, the format of the published checkpoints.
 
     `description` (the arguments of `models.build_generator`) lies beside it under a key of its own,
-    which readers of the published format do not look at.
+    which readers of the published format do not look at; so do `bits`, see `bits_of`.
     """
     buffer = io.BytesIO()
-    torch.save({"model": weights.contiguous(module), EXTRA: description}, buffer)
+    values = {"model": weights.contiguous(module), EXTRA: description}
+    torch.save(values | ({} if bits is None else {BITS: bits}), buffer)
     files.write_whole(path, buffer.getvalue())
 
 
@@ -48,15 +51,24 @@ def load(path: Path | str, revision: str | None = None) -> tuple[nn.Module, dict
 
 
 def bits_of(path: Path) -> int | None:
-    """The significant bits of 16-bit gray that a run or checkpoint was trained with, if it says so.
+    """The significant bits of 16-bit gray that a model was trained with, if its file says so.
+
+    `path`: as for `load`, what of it is here.
 
     Raises:
-        UserError: the run's folder holds no checkpoint.
+        UserError: what `load` raises.
     """
-    if not path.is_dir() or model_files.is_folder(path):
-        return None
-    bits = checkpoint.find_in(path).meta.get("bits")
-    return bits if type(bits) is int else None
+    bits: object = None
+    if path.is_dir() or path.suffix == model_files.SUFFIX:
+        holds = path if path.is_dir() else path.parent  # a checkpoint's own file has no header
+        if model_files.is_folder(path) or not (path.is_dir() or (holds / checkpoint.META).exists()):
+            bits = model_files.bits_of(path)
+        else:
+            bits = checkpoint.find_in(holds).meta.get("bits")
+    elif path.is_file():
+        values = weights.read(path)
+        bits = values.get(BITS) if isinstance(values, dict) else None
+    return bits if type(bits) is int and 9 <= bits <= 16 else None
 
 
 def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:

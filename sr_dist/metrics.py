@@ -60,12 +60,19 @@ def compare(
     return float(psnr(*pair)), float(ssim(*pair))
 
 
-def protocol(colour: str, border: int, lpips: bool = False) -> dict[str, object]:
-    """The protocol as the machine-readable outputs state it."""
-    named = {
+def protocol(
+    colour: str, border: int, lpips: bool = False, bits: int | None = None
+) -> dict[str, object]:
+    """The protocol as the machine-readable outputs state it.
+
+    `bits`: significant ones that 16-bit gray pictures were scaled to 8 from, where there are some.
+    """
+    named: dict[str, object] = {
         "colour": colour,
         "border": border,
         "data_range": DATA_RANGE,
         "ssim": f"gaussian {SSIM_SIDE}, sigma {SSIM_SIGMA}",
     }
-    return {**named, "lpips": "squeeze, rgb, border 0"} if lpips else named
+    if lpips:
+        named["lpips"] = "squeeze, rgb, border 0"
+    return named if bits is None else {**named, "bits": bits}

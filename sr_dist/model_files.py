@@ -88,6 +88,14 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, fitting(described, state, str(path))
 
 
+def bits_of(path: Path) -> object:
+    """What a folder or file says of the significant bits of 16-bit gray; None if nothing."""
+    if path.is_dir():
+        return _parsed((path / CONFIG).read_text(encoding="utf-8"), f"{path}: {CONFIG}").get("bits")
+    _, header = _read_tensors(path, str(path))
+    return int(header["bits"]) if header.get("bits", "").isdecimal() else None
+
+
 def fitting(described: object, state: Mapping[str, object], where: str) -> dict[str, Any]:
     """`described`, arguments of `models.build_generator` from a file, held against the weights.
 
@@ -132,11 +140,13 @@ def fitting(described: object, state: Mapping[str, object], where: str) -> dict[
     return found
 
 
-def write_folder(folder: Path, data: bytes, description: Mapping[str, Any], card: str) -> None:
+def write_folder(
+    folder: Path, data: bytes, description: Mapping[str, Any], card: str, bits: int | None = None
+) -> None:
     """Write a model's folder, which appears whole or not at all.
 
     `data`: of `tensors`. `description`: the arguments of `models.build_generator`. `card`: the
-    content of README.md.
+    content of README.md. `bits`: significant ones of 16-bit gray.
 
     Raises:
         UserError: something else is there; a folder of this kind is replaced.
@@ -154,6 +164,7 @@ def write_folder(folder: Path, data: bytes, description: Mapping[str, Any], card
         "output": f"(N, {channels}, {description['scale']}H, {description['scale']}W) float32, "
         "nominally in [0, 1]",
         "sha256": {WEIGHTS: hashlib.sha256(data).hexdigest()},
+        **({} if bits is None else {"bits": bits}),
     }
     partial = folder.with_name(f".{folder.name}.part")
     old = folder.with_name(f".{folder.name}.old")
@@ -201,10 +212,12 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{folder} is a folder, but of no exported model; choose another name")
 
 
-def tensors(generator: nn.Module, description: Mapping[str, Any]) -> bytes:
-    """The content of a .safetensors file: the state dict, and `description` in its header."""
+def tensors(generator: nn.Module, description: Mapping[str, Any], bits: int | None = None) -> bytes:
+    """The content of a .safetensors file: the state dict, and the rest in its header."""
     state = weights.contiguous(generator)
     header = {"format": "pt", "sr_dist": __version__, _KEY: json.dumps(dict(description))}
+    if bits is not None:
+        header["bits"] = str(bits)
     return safetensors.torch.save(state, header)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
+import datetime
 import html
 import io
 import itertools
 import json
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from sr_dist import evaluate, files, images
 from sr_dist.errors import UserError
 
 _ZOOM_SIDE = 64  # HR pixels of the enlarged detail
-_ZOOM = 4
+_LEAST_WIDTH = 480  # of a slider, pixels of the page; smaller pictures are enlarged to it
 _WEBP_MOST = 16383  # pixels on a side
 _METRICS, _TABLE, _PICTURES = "metrics.json", "metrics.csv", "pictures"
 
@@ -28,11 +30,12 @@ Summary = dict[str, Any]
 class Writer:
     """Collects pictures as they are evaluated (`add`), then writes the rest (`finish`)."""
 
-    def __init__(self, folder: Path, *, scale: int, protocol: dict[str, object]) -> None:
+    def __init__(self, folder: Path, *, data: str, scale: int, protocol: dict[str, object]) -> None:
         self.folder = folder
+        self.data = data  # what is measured on, as it was named
         self.scale = scale
         self.protocol = protocol
-        self.sections: list[tuple[str, str]] = []  # (picture, HTML)
+        self.sections: list[tuple[str, str, str, str]] = []  # picture, its sizes; HTML
         self.files: set[str] = set()  # names of pictures written
         for picture in _earlier_pictures(folder):
             picture.unlink(missing_ok=True)
@@ -46,7 +49,10 @@ class Writer:
             **results,
             "HR": pair.hr,
         }
-        self.sections.append((pair.name, _section(pair, results, shown)))
+        height, width = pair.hr.shape[:2]
+        size = f"{width // self.scale} × {height // self.scale} → {width} × {height}"
+        detail, frame = _detail(results, shown)
+        self.sections.append((pair.name, size, _slider(pair.name, results, shown, frame), detail))
 
     def finish(self, rows: Sequence[evaluate.Row]) -> Summary:
         """Write the metrics and the report. Returns the content of metrics.json."""
@@ -75,14 +81,21 @@ class Writer:
         for row in rows:
             of_picture.setdefault(row.picture, []).append(row)
         sections = "".join(
-            f"<section><h2>{html.escape(name)}</h2>{_table(of_picture[name])}{body}</section>"
-            for name, body in self.sections
+            f"<section><h2>{html.escape(name)} <small>{size}</small></h2>"
+            f'<div class="view">{slider}<div class="facts">{_table(of_picture[name])}{detail}</div>'
+            "</div></section>"
+            for name, size, slider, detail in self.sections
         )
-        return _PAGE.format(
-            title=f"Super-resolution ×{self.scale}",
-            count=len(self.sections),
-            protocol=html.escape(_in_words(self.protocol, self.scale)),
+        page = string.Template((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+        number, named = len(self.sections), "/".join(Path(self.data).parts[-2:])
+        return page.substitute(
+            title=html.escape(f"Super-resolution ×{self.scale}: {named}"),
+            about=f"{datetime.date.today().isoformat()} · {_briefly(self.protocol)} · pictures "
+            f'side by side, exact: <a href="{_PICTURES}/">{_PICTURES}/</a> · '
+            f'<a href="{_TABLE}">{_TABLE}</a>',
+            count=f"{number} pictures" if number != 1 else "1 picture",
             means=_table(means),
+            protocol=html.escape(_in_words(self.protocol, self.scale)),
             sections=sections,
         )
 
@@ -118,6 +131,11 @@ def _earlier_pictures(folder: Path) -> list[Path]:
     return [_path_of(name, folder, taken) for name in names]
 
 
+def _briefly(protocol: Mapping[str, object]) -> str:
+    colour = {"y": "luma", "rgb": "RGB"}[str(protocol["colour"])]
+    return f"{colour}, border {protocol['border']}, data range {protocol['data_range']}"
+
+
 def _in_words(protocol: Mapping[str, object], scale: int) -> str:
     colour = {
         "y": "the BT.601 luma channel, 16 to 235 (of gray pictures as of equal colour channels)",
@@ -125,12 +143,15 @@ def _in_words(protocol: Mapping[str, object], scale: int) -> str:
     }[str(protocol["colour"])]
     lpips = "LPIPS: SqueezeNet, all channels, whole pictures; lower is nearer to HR. "
     lpips *= "lpips" in protocol
+    deep = ""
+    if "bits" in protocol:
+        deep = f"16-bit gray was scaled to 8 bits from {protocol['bits']} significant ones. "
     return (
         f"Results are rounded to 8 bits and compared with the HR picture on {colour}, leaving out "
         f"{protocol['border']} pixels at every border, data range {protocol['data_range']}. SSIM: "
-        f"{protocol['ssim']}, over the places where the window fits. {lpips}All are computed for "
-        f"each picture and then averaged. Enlargement ×{scale}. The pictures below are compressed "
-        "for this page (WebP, quality 92); exact ones lie beside it in pictures/."
+        f"{protocol['ssim']}, over the places where the window fits. {lpips}{deep}All are computed "
+        f"for each picture and then averaged. Enlargement ×{scale}. The pictures of this page are "
+        f"compressed (WebP, quality 92), the details are not; exact ones lie in {_PICTURES}/."
     )
 
 
@@ -153,16 +174,19 @@ def _csv(rows: Sequence[evaluate.Row]) -> str:
 
 
 def _table(rows: Sequence[evaluate.Row] | Sequence[evaluate.Mean]) -> str:
-    """A row an upscaler, the best value of each column set off."""
+    """A row an upscaler, the best value of each column (as it is shown) set off."""
     columns = [("PSNR dB", "psnr", ".2f", max), ("SSIM", "ssim", ".4f", max)]
     if rows[0].lpips is not None:
         columns.append(("LPIPS", "lpips", ".3f", min))
-    best = {name: choose(getattr(row, name) for row in rows) for _, name, _, choose in columns}
+    best = {
+        name: format(choose(getattr(row, name) for row in rows), form)
+        for _, name, form, choose in columns
+    }
 
     def cell(row: evaluate.Row | evaluate.Mean, name: str, form: str) -> str:
-        value = getattr(row, name)
+        value = format(getattr(row, name), form)
         mark = ' class="best"' if len(rows) > 1 and value == best[name] else ""
-        return f"<td{mark}>{value:{form}}</td>"
+        return f"<td{mark}>{value}</td>"
 
     head = "".join(f"<th>{title}</th>" for title, *_ in columns)
     body = "".join(
@@ -171,17 +195,24 @@ def _table(rows: Sequence[evaluate.Row] | Sequence[evaluate.Mean]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+    return (
+        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
-def _section(
-    pair: evaluate.Pair, results: Mapping[str, images.Picture], shown: Mapping[str, images.Picture]
+def _slider(
+    picture: str,
+    results: Mapping[str, images.Picture],
+    shown: Mapping[str, images.Picture],
+    frame: tuple[int, int, int],
 ) -> str:
-    """The slider over two pictures of choice, and the detail where they differ most."""
-    first, last = _furthest_apart(results) if len(results) > 1 else (next(iter(results)), "HR")
+    """Two of what is shown, by choice, on either side of a line; `frame`: see `_most_different`."""
+    names = list(results)
+    left, right = (names[0], names[-1]) if len(names) > 1 else (names[0], "HR")
     layers = "".join(
-        f'<img data-name="{html.escape(name)}" src="{_inline(picture)}" alt="{html.escape(name)}">'
-        for name, picture in shown.items()
+        f'<img data-name="{html.escape(name)}" src="{_inline(pixels)}" alt="{html.escape(name)}">'
+        for name, pixels in shown.items()
     )
 
     def options(chosen: str) -> str:
@@ -190,23 +221,40 @@ def _section(
             for name in shown
         )
 
-    top, left, side = _most_different(shown[first], shown[last])
-    zooms = "".join(
-        f'<figure><img src="{_inline(picture[top : top + side, left : left + side], exact=True)}" '
-        f'width="{side * _ZOOM}" alt=""><figcaption>{html.escape(name)}</figcaption></figure>'
-        for name, picture in shown.items()
+    height, width = shown["HR"].shape[:2]
+    x, y, side = frame
+    spot = (
+        f"left:{x / width:.3%};top:{y / height:.3%};width:{side / width:.3%};"
+        f"height:{side / height:.3%}"
     )
-    height, width = pair.hr.shape[:2]
     return (
-        f'<div class="slider" style="max-width:{width}px;aspect-ratio:{width}/{height}">{layers}'
-        '<div class="line"></div>'
-        '<input type="range" min="0" max="1000" value="500" aria-label="divide"></div>'
-        f'<p class="choice">left <select class="left">{options(first)}</select> '
-        f'right <select class="right">{options(last)}</select></p>'
-        f'<div class="zooms">{zooms}</div>'
-        f'<p class="place">detail at x {left}, y {top}, {side} pixels wide, where '
-        f"{html.escape(first)} and {html.escape(last)} differ most</p>"
+        f'<div class="compare" style="max-width:{max(width, _LEAST_WIDTH)}px">'
+        f'<div class="slider" style="aspect-ratio:{width}/{height}">{layers}'
+        f'<div class="spot" style="{spot}"></div><div class="divide"></div>'
+        '<span class="name of-left"></span><span class="name of-right"></span>'
+        '<input type="range" min="0" max="1000" value="500" '
+        f'aria-label="{html.escape(picture)}: divide between left and right"></div>'
+        f'<p class="choice"><label>left <select class="left">{options(left)}</select></label>'
+        f'<label>right <select class="right">{options(right)}</select></label></p></div>'
     )
+
+
+def _detail(
+    results: Mapping[str, images.Picture], shown: Mapping[str, images.Picture]
+) -> tuple[str, tuple[int, int, int]]:
+    """Where the results differ most, enlarged, and its place."""
+    a, b = _furthest_apart(results) if len(results) > 1 else (next(iter(results)), "HR")
+    x, y, side = _most_different(shown[a], shown[b])
+    zooms = "".join(
+        f'<figure><img src="{_inline(pixels[y : y + side, x : x + side], exact=True)}" '
+        f'alt="detail of {html.escape(name)}"><figcaption>{html.escape(name)}</figcaption></figure>'
+        for name, pixels in shown.items()
+    )
+    words = (
+        f'<p class="place">{side} × {side} pixels at {x}, {y} (framed), where {html.escape(a)} and '
+        f"{html.escape(b)} differ most:</p>"
+    )
+    return f'{words}<div class="zooms">{zooms}</div>', (x, y, side)
 
 
 def _furthest_apart(results: Mapping[str, images.Picture]) -> tuple[str, str]:
@@ -220,13 +268,13 @@ def _furthest_apart(results: Mapping[str, images.Picture]) -> tuple[str, str]:
 
 
 def _most_different(a: images.Picture, b: images.Picture) -> tuple[int, int, int]:
-    """(top, left, side) of the square of `_ZOOM_SIDE` pixels with the largest squared error."""
+    """(left, top, side) of the square of `_ZOOM_SIDE` pixels with the largest squared error."""
     error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean(axis=2)
     side = min(_ZOOM_SIDE, *error.shape)
     total = np.pad(error, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
     top, left = np.unravel_index(int(sums.argmax()), sums.shape)
-    return int(top), int(left), side
+    return int(left), int(top), side
 
 
 def _inline(picture: images.Picture, exact: bool = False) -> str:
@@ -236,52 +284,3 @@ def _inline(picture: images.Picture, exact: bool = False) -> str:
     buffer = io.BytesIO()
     images.to_pillow(np.ascontiguousarray(picture)).save(buffer, format=kind, **options)
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem;
-  color: #222; background: #fafafa }}
-table {{ border-collapse: collapse; margin: .5rem 0 }}
-th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child {{ text-align: left }}
-section {{ margin: 3rem 0 }}
-.slider {{ position: relative; width: 100%; overflow: hidden; background: #ddd }}
-.slider img {{ position: absolute; inset: 0; width: 100%; height: 100%; visibility: hidden }}
-.slider .line {{ position: absolute; top: 0; bottom: 0; width: 2px; background: #fff;
-  box-shadow: 0 0 3px #000; pointer-events: none }}
-.slider input {{ position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
-  cursor: ew-resize }}
-.zooms {{ display: flex; flex-wrap: wrap; gap: .6rem }}
-.zooms img {{ image-rendering: pixelated; display: block }}
-figure {{ margin: 0 }} figcaption, .place, .choice {{ color: #666; font-size: 13px }}
-.best {{ font-weight: 600 }}
-</style>
-<h1>{title}</h1>
-<p>{protocol}</p>
-<h2>Mean over {count} pictures</h2>
-{means}
-{sections}
-<script>
-for (const section of document.querySelectorAll("section")) {{
-  const slider = section.querySelector(".slider"), range = slider.querySelector("input");
-  const left = section.querySelector(".left"), right = section.querySelector(".right");
-  const draw = () => {{
-    const share = range.value / 10;
-    for (const img of slider.querySelectorAll("img")) {{
-      const isLeft = img.dataset.name === left.value, isRight = img.dataset.name === right.value;
-      img.style.visibility = isLeft || isRight ? "visible" : "hidden";
-      img.style.zIndex = isLeft ? 1 : 0;
-      img.style.clipPath = isLeft && !isRight ? `inset(0 ${{100 - share}}% 0 0)` : "none";
-    }}
-    const line = slider.querySelector(".line");
-    line.style.left = `calc(${{share}}% - 1px)`; line.style.zIndex = 2; range.style.zIndex = 3;
-  }};
-  for (const part of [range, left, right]) part.addEventListener("input", draw);
-  draw();
-}}
-</script>
-</html>
-"""

@@ -447,8 +447,9 @@ def _end_epoch(
         }
     )
     name = f"{config.data.scale}x_epoch{epoch}.pth.tar"
+    bits = config.data.bits if config.data.channels == 1 else None
     generators.save_published(
-        networks.evaluated(), folder / "models" / f"netG_{name}", identity["generator"]
+        networks.evaluated(), folder / "models" / f"netG_{name}", identity["generator"], bits
     )
     if networks.discriminator is not None:
         generators.save_published(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from sr_dist import checkpoint, generators, models, weights
+from sr_dist import checkpoint, export, generators, models, weights
 from sr_dist.errors import UserError
+from tests.generators import build
 from tests.runs import full_disk
 
 ARGUMENTS = {
@@ -203,6 +204,16 @@ def test_the_bits_of_a_run_are_known(tmp_path: Path) -> None:
     assert generators.bits_of(folder) == generators.bits_of(tmp_path / "run") == 12
     assert generators.bits_of(save(tmp_path, 3)) is None
     assert generators.bits_of(tmp_path / "x.pth.tar") is None
+    assert generators.bits_of(folder / "generator.safetensors") == 12
+    trained = build(ARGUMENTS)
+    for number, bits in enumerate((None, 12)):
+        path = tmp_path / f"{number}.pth.tar"
+        generators.save_published(generator(), path, ARGUMENTS, bits)
+        assert generators.bits_of(path) == bits
+        assert generators.load(path)[1] == ARGUMENTS
+        for name in (f"folder {number}", f"{number}.safetensors"):
+            export.write_safetensors(trained, ARGUMENTS, tmp_path / name, None, bits)
+            assert generators.bits_of(tmp_path / name) == bits
 
 
 def test_files_that_hold_no_generator(tmp_path: Path) -> None:

@@ -114,6 +114,23 @@ def test_upscale_files_and_folders(
     assert np.abs(images.decode(output / "a.png.png", 3) - enlarged).max() <= 1
 
 
+def test_upscale_takes_the_bits_that_the_model_was_trained_with(
+    picture: images.Picture, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    gray = {**GENERATOR, "channels": 1}
+    generators.save_published(
+        models.build_generator(**gray), tmp_path / "netG.pth.tar", gray, bits=12
+    )
+    images.save(picture[..., :1].astype(np.uint16) * 16, tmp_path / "in" / "deep.png")
+    images.save((picture[..., :1] * (16 * 255 / 4095)).round().astype(np.uint8), tmp_path / "8.png")
+    command = ("launch/upscale.py", "--checkpoint", tmp_path / "netG.pth.tar", "--output")
+    succeed(*command, tmp_path / "out", "--input", tmp_path / "in", tmp_path / "8.png")
+    found = images.decode(tmp_path / "out" / "deep.png", 1)
+    assert np.array_equal(found, images.decode(tmp_path / "out" / "8.png", 1))
+    assert found.max() > 100
+
+
 def test_upscale_refuses(picture: images.Picture, published: Path, tmp_path: Path) -> None:
     images.save(picture, tmp_path / "a.png")
     output = tmp_path / "out"

@@ -189,7 +189,7 @@ def test_command_writes_all_results(photographs: Path, published: Path, tmp_path
     report = (tmp_path / "out" / "report.html").read_text()
     assert report.count("<section>") == 3 and report.count('type="range"') == 3
     assert "BT.601 luma" in report and "4 pixels at every border" in report
-    assert not re.findall(r'(?:src|href)="(?!data:)', report), "self-contained"
+    assert not re.findall(r'src="(?!data:)', report), "self-contained"
 
 
 def test_command_by_the_rgb_protocol(photographs: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_report_enlarges_where_the_results_differ() -> None:
     a = np.zeros((100, 200, 3), np.uint8)
     b = a.copy()
     b[30:60, 130:160] = 90
-    top, left, side = report._most_different(a, b)
+    left, top, side = report._most_different(a, b)
     assert top <= 30 and 60 <= top + side and left <= 130 and 160 <= left + side
 
 
@@ -269,9 +269,20 @@ def test_gray_pictures(
     deep = images.decode(photographs / "coffee.png", 1).astype(np.uint16) * 16
     images.save(deep, tmp_path / "gray" / "a.png")
     assert evaluate.is_gray(str(tmp_path / "gray")) and not evaluate.is_gray(str(photographs))
-    common = ("launch/evaluate.py", "--data", tmp_path / "gray", "--scale", 4, "--bits", 12)
-    done = succeed(*common, "--method", "bicubic", "--output", tmp_path / "out")
-    (classical,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    torch.manual_seed(0)
+    gray = {"name": "swift_srgan", "scale": 4, "channels": 1, "num_channels": 8, "num_blocks": 1}
+    for bits in (10, 12):
+        path = tmp_path / f"{bits}.pth.tar"
+        generators.save_published(models.build_generator(**gray), path, gray, bits)  # type: ignore
+    common = ("launch/evaluate.py", "--data", tmp_path / "gray", "--method", "bicubic")
+    model = ("--checkpoint", tmp_path / "12.pth.tar")
+    done = succeed(*common, *model, "--output", tmp_path / "out")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["protocol"]["bits"] == 12, "those that the model was trained with"
+    assert "scaled to 8 bits from 12 significant" in (tmp_path / "out/report.html").read_text()
+    classical = summary["results"][0]
+    other = ("--checkpoint", tmp_path / "10.pth.tar", "--output", tmp_path / "none")
+    assert "10.pth.tar has 10; choose with --bits" in refuse(*common, *model, *other)
     eight = np.rint(deep * (255 / 4095)).astype(np.uint8)
     images.save(eight, tmp_path / "eight" / "a.png")
     rows = evaluate.evaluate(
@@ -345,7 +356,7 @@ def test_the_authors_model(
 def test_pictures_of_an_earlier_evaluation_go(tmp_path: Path, picture: images.Picture) -> None:
     pair = evaluate.Pair("a.png", np.ascontiguousarray(picture[::4, ::4]), picture)
     for name in ("a.png", "b.png"):
-        writer = report.Writer(tmp_path, scale=4, protocol=metrics.protocol("y", 4))
+        writer = report.Writer(tmp_path, data="a", scale=4, protocol=metrics.protocol("y", 4))
         writer.add(dataclasses.replace(pair, name=name), {"SR": picture})
         writer.finish([evaluate.Row(name, "SR", 30.0, 0.9)])
         if name == "a.png":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return np.full((40 * factor, 50 * factor, 3), FLAT[name], np.uint8)
 
     protocol = metrics.protocol("y", 4, lpips=True)
-    writer = report.Writer(folder, scale=4, protocol=protocol)
+    writer = report.Writer(folder, data="some/set/HR", scale=4, protocol=protocol)
     rows = []
     for number, picture in enumerate(("first.png", "second <b>.png")):
         pair = evaluate.Pair(picture, flat("LR", 1), flat("HR"))
@@ -51,7 +52,7 @@ def page(browser: Any, page_file: Path) -> Any:
 
 def grays(page: Any, slider: Any) -> tuple[list[int], int]:
     """The levels along the middle row of a slider, the dividing line blanked, and its width."""
-    page.add_style_tag(content=".slider .line { display: none }")
+    page.add_style_tag(content=".slider .divide, .slider .spot { display: none }")
     shot = Image.open(io.BytesIO(slider.screenshot())).convert("L")
     row = np.asarray(shot)[shot.height // 2].astype(int)
     return row.tolist(), shot.width
@@ -63,11 +64,26 @@ def test_slider_shows_left_and_right_of_its_place(page: Any) -> None:
     for share in (0.25, 0.8):
         page.mouse.click(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
         row, width = grays(page, slider)
-        assert width == 200
+        assert width == 480, "small pictures are enlarged"
         cut = next(place for place, level in enumerate(row) if abs(level - FLAT["B"]) <= 3)
-        assert cut == pytest.approx(share * width, abs=8)  # a range input's thumb has a width
+        assert cut == pytest.approx(share * width, abs=2)
         assert all(abs(level - FLAT["bicubic"]) <= 3 for level in row[: cut - 1])
         assert all(abs(level - FLAT["B"]) <= 3 for level in row[cut:])
+        line = page.locator(".divide").first.bounding_box()
+        assert line is None or abs(line["x"] + 1 - box["x"] - share * width) <= 2
+    names = page.locator("section").first.locator(".name").all_inner_texts()
+    assert names == ["bicubic", "B"], "said on the picture itself"
+
+
+def test_slider_follows_the_pointer(page: Any) -> None:
+    box = page.locator(".slider").first.bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 400, box["y"] + 60)
+    page.mouse.up()
+    page.mouse.move(box["x"] + 10, box["y"] + 60)
+    line = page.locator(".divide").first.bounding_box()
+    assert line["x"] + 1 == pytest.approx(box["x"] + 400, abs=2)
 
 
 def test_any_two_pictures_can_be_compared(page: Any) -> None:
@@ -76,6 +92,7 @@ def test_any_two_pictures_can_be_compared(page: Any) -> None:
     section.locator(".right").select_option("HR")
     row, _ = grays(page, section.locator(".slider"))
     assert abs(row[10] - FLAT["A"]) <= 3 and abs(row[-10] - FLAT["HR"]) <= 3
+    assert section.locator(".name").all_inner_texts() == ["A", "HR"]
     first, _ = grays(page, page.locator(".slider").first)
     assert abs(first[10] - FLAT["bicubic"]) <= 3, "the other sliders are as they were"
     section.locator(".right").select_option("A")
@@ -90,13 +107,16 @@ def test_keys_move_the_slider(page: Any) -> None:
     for _ in range(20):
         page.keyboard.press("ArrowRight")
     assert int(knob.input_value()) == before + 20
+    outline = "e => getComputedStyle(e.parentElement).outlineStyle"
+    assert knob.evaluate(outline) == "solid", "who moves it by keys sees where they are"
 
 
 def test_page_is_complete_and_needs_nothing_else(page: Any) -> None:
     assert page.complaints == []
     assert [url for url in page.asked if not url.startswith(("data:", "file:"))] == []
     assert sum(url.startswith("file:") for url in page.asked) == 1, "the page alone"
-    assert page.locator("h2").all_inner_texts() == [
+    titles = [title.splitlines()[0] for title in page.locator("h2").all_inner_texts()]
+    assert [title.split(" 50 ")[0] for title in titles] == [
         "Mean over 2 pictures",
         "first.png",
         "second <b>.png",
@@ -113,10 +133,41 @@ def test_page_is_complete_and_needs_nothing_else(page: Any) -> None:
         "0.7000",
         "0.100",
     ]
-    words = page.locator("p").first.inner_text()
+    assert page.locator("h1").inner_text() == "Super-resolution ×4: set/HR"
+    assert page.locator("h2 small").first.inner_text() == "50 × 40 → 200 × 160"
+    words = page.locator(".protocol").text_content()
     for said in ("BT.601 luma", "4 pixels at every border", "data range 255", "SqueezeNet"):
         assert said in words
     zooms = page.locator("section").first.locator(".zooms figcaption").all_inner_texts()
     assert zooms == ["LR", "bicubic", "A", "B", "HR"]
-    width = page.evaluate("document.documentElement.scrollWidth")
-    assert width <= 900, "nothing sticks out"
+    shown = page.locator(".zooms img").first
+    assert shown.evaluate("e => e.naturalWidth") == 64
+    assert shown.bounding_box()["width"] >= 115, "enlarged"
+    assert shown.evaluate("e => getComputedStyle(e).imageRendering") == "pixelated"
+    for width in (900, 390, 320):
+        page.set_viewport_size({"width": width, "height": 800})
+        found = page.evaluate("document.documentElement.scrollWidth")
+        assert found <= width, "nothing sticks out"
+
+
+def test_dark_where_that_is_preferred(browser: Any, page_file: Path) -> None:
+    grounds = []
+    for scheme in ("light", "dark"):
+        opened = browser.new_page(color_scheme=scheme)
+        opened.goto(page_file.as_uri())
+        grounds.append(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
+        opened.close()
+    assert grounds == ["rgb(255, 255, 255)", "rgb(20, 24, 28)"]
+
+
+def test_pictures_of_the_page_are_near_the_exact_ones(photographs: Path) -> None:
+    crop = images.decode(photographs / "coffee.png", 3)[100:300, 100:400]
+    for exact, least in ((False, 34.0), (True, 99.0)):
+        data = base64.b64decode(report._inline(crop, exact).partition(",")[2])
+        psnr, _ = metrics.compare(images.decode(data, 3), crop, colour="rgb", border=0)
+        assert psnr > least
+
+
+def test_equal_values_are_both_the_best() -> None:
+    rows = [evaluate.Mean("a", 30.001, 0.9, None), evaluate.Mean("b", 30.002, 0.8, None)]
+    assert report._table(rows).count('<td class="best">30.00</td>') == 2
