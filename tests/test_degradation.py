@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sr_dist import images
 from sr_dist.degradation import Degradation, degrade
@@ -51,6 +52,21 @@ def test_jpeg_is_worse_the_lower_its_quality(photographs) -> None:  # type: igno
         for q in (95, 60, 20)
     ]
     assert 0 < errors[0] < errors[1] < errors[2]
+
+
+def test_jpeg_takes_every_quality_of_its_range(
+    picture: images.Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qualities, save = [], Image.Image.save
+
+    def noting(image: Image.Image, *words: object, **options: object) -> None:
+        qualities.append(options["quality"])
+        save(image, *words, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "save", noting)
+    for seed in range(40):
+        run(picture, seed, jpeg_quality=(30, 32))
+    assert set(qualities) == {30, 31, 32}
 
 
 def test_one_kind_leaves_the_draws_of_the_others(picture: images.Picture) -> None:

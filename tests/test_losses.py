@@ -149,6 +149,8 @@ def test_vgg_maps_are_those_before_activation_by_srgans_scale() -> None:
     sequence = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"])
     x = torch.rand(1, 3, 32, 32)
     shallow, deep = features(x)
+    (default,) = losses.content_features("vgg19", "none").places
+    assert default == 34, "conv5_4, SRGAN's"
     assert isinstance(sequence[34], nn.Conv2d) and len(sequence) == 37
     assert shallow.shape == (1, 64, 32, 32) and deep.shape == (1, 512, 2, 2)
     assert (shallow < 0).any() and (deep < 0).any(), "before activation"
@@ -178,6 +180,12 @@ def test_content_weights_are_the_given_ones(
     features = losses.content_features(network, weights)
     for name, value in features.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_random_features_are_said_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    losses.content_features("mobilenet_v2", "none")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "features of RANDOM weights: for tests only" in caplog.text
 
 
 def test_content_loss_of_gray_pictures_and_its_gradient() -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from sr_dist import images, models
+from tests import plain_networks
+from tests.generators import build, describe
 
 FAMILIES = ("swift_srgan", "srgan")
 
@@ -101,6 +103,37 @@ def test_weights_that_no_forward_uses_are_not_trained() -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, name
     frozen = [p for p in generator.parameters() if not p.requires_grad]
     assert sum(p.numel() for p in frozen) == 3 * 8  # two blocks' and the last block's PReLU
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scale", [2, 8])
+def test_generators_compute_what_the_papers_say(name: str, scale: int) -> None:
+    description = describe(name, scale=scale, num_blocks=3)
+    generator = build(description)
+    lr = torch.rand(2, 3, 9, 14)
+    doublings = scale.bit_length() - 1
+    expected = plain_networks.GENERATORS[name](generator.state_dict(), lr, 3, doublings)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(generator(lr), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear", "gap"])
+@pytest.mark.parametrize("name", [*FAMILIES, "unet"])
+def test_discriminators_compute_what_the_papers_say(name: str, head: str) -> None:
+    torch.manual_seed(0)
+    discriminator = models.build_discriminator(name, channels=3, head=head)
+    pictures = torch.rand(2, 3, 44, 36)
+    discriminator(torch.rand(4, 3, 44, 36))  # moves the statistics
+    discriminator.eval()
+    weights = dict(discriminator.state_dict())
+    for module_name, module in discriminator.named_modules():  # as spectral norm leaves them
+        if isinstance(module, nn.Conv2d):
+            weights[f"{module_name}.weight"] = module.weight
+    expected = plain_networks.DISCRIMINATORS[name](weights, pictures)
+    torch.testing.assert_close(discriminator(pictures), expected, rtol=1e-4, atol=1e-5)
+    known = [key for key in weights if key.endswith(".bias")]
+    normed = {"swift_srgan": 1 + 1 + 7 + 2, "srgan": 1 + 7 + 2, "unet": 2}
+    assert len(known) == normed[name], "no bias where a BatchNorm follows"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -87,6 +87,16 @@ def test_degraded_lr_is_seeded_like_the_crops(sharded: Path) -> None:
     assert_equal(degraded, joined(parts))
 
 
+def test_every_crop_has_noise_of_its_own(sharded: Path) -> None:
+    (plain, _), (noisy, _) = (
+        read(sharded, last=1, degradation=Degradation(noise_sigma=(sigma, sigma)))[0]
+        for sigma in (0.0, 4.0)
+    )
+    noise = (noisy.double() - plain.double()).flatten(1)
+    likeness = torch.corrcoef(noise).fill_diagonal_(0)
+    assert noise.std() > 2 and likeness.abs().max() < 0.3
+
+
 def test_16_bit_gray_is_kept_up_to_the_crop(tmp_path: Path) -> None:
     """12-bit values in a 16-bit file: 8-bit crops of what was stored, scaled by 4095."""
     y, x = np.mgrid[0:128, 0:192]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sr_dist import (
     config,
+    distributed,
     evaluate,
     finite,
     gan,
@@ -213,6 +216,21 @@ def test_nothing_is_written_before_all_is_checked(recipe: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="holds gray pictures alone, but data.channels is 3; valid"):
         train.run(load(recipe))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_penalty_that_fp16_would_lose_is_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = distributed.joined
+
+    @contextlib.contextmanager
+    def half(*words: Any) -> Iterator[distributed.Processes]:
+        with real("no", *words[1:]) as processes:
+            yield dataclasses.replace(processes, mixed_precision="fp16")
+
+    monkeypatch.setattr(distributed, "joined", half)
+    with pytest.raises(UserError, match="r1_weight loses its gradient in fp16; use bf16 or no"):
+        train.run(load(recipe, "loss.adversarial.r1_weight=1"))
 
 
 def test_shards_that_cannot_be_read_leave_no_run(
