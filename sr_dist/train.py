@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,22 @@ def run(config: Config, dry: bool = False) -> Result | None:
             return _run(config, processes, saver, dry)
 
 
-def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool) -> Result | None:
-    data, batch_size = config.data, config.train.global_batch_size
-    folder = Path(config.run.output_dir) / config.run.name
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What a run reads, found to be as it should."""
 
-    # Everything that can be wrong is looked at before anything is written.
+    reading: storage.Settings
+    index: shards.Index
+    plan: shards.Plan
+    validation: evaluate.Checked | None  # rank 0's
+    identity: dict[str, Any]
+    start: checkpoint.Checkpoint | None  # what the run goes on from
+    first_weights: dict[str, torch.Tensor] | None  # what a new one starts from
+
+
+def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
+    """Look at everything that can be wrong before anything is built or written."""
+    data, batch_size = config.data, config.train.global_batch_size
     if config.run.processes not in (None, processes.world_size):
         raise UserError(
             f"run.processes is {config.run.processes}, but the launcher started "
@@ -105,6 +116,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         crops_per_image=data.crops_per_image,
         crop_size=data.crop_size,
     )
+    checked = None
     if processes.is_main:
         problems = shard_reader.check_files(index, reading)
         if problems and config.stream.on_error == "stop":
@@ -132,11 +144,18 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     first_weights = None
     if start is None and config.train.start_from is not None:
         first_weights = generators.load_state(Path(config.train.start_from), identity["generator"])
+    return _Inputs(reading, index, plan, checked, identity, start, first_weights)
+
+
+def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool) -> Result | None:
+    batch_size, folder = config.train.global_batch_size, saver.folder.parent
+    inputs = _check(config, processes, folder)
+    plan, start = inputs.plan, inputs.start
     values_of = dataclasses.asdict(config)
     networks = gan.build_networks(
         processes,
-        generator=identity["generator"],
-        discriminator=identity["discriminator"],
+        generator=inputs.identity["generator"],
+        discriminator=inputs.identity["discriminator"],
         optimizer=values_of["optimizer"],
         half_life=config.train.ema_half_life,
         sync_batchnorm=config.train.sync_batchnorm,
@@ -151,9 +170,9 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     epoch_means = tracking.EpochMeans(processes.device)
     skipped = tracking.Skipped(0)
     nonfinite = finite.Nonfinite(processes.device)
-    if first_weights is not None:
+    if inputs.first_weights is not None:
         for module in (networks.generator, networks.average):
-            weights.load(module, first_weights, str(config.train.start_from))
+            weights.load(module, inputs.first_weights, str(config.train.start_from))
     if start is not None:
         resuming.restore(start, processes, networks, epoch_means, skipped)
     step_of_ranks = processes.means({"first": torch.tensor(first_step, device=processes.device)})
@@ -163,30 +182,9 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             f"{folder} must lie on storage that all machines share"
         )
     means: list[evaluate.Mean] = []
-    protocol = metrics.protocol(config.evaluation.protocol, data.scale)
+    protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
     measures = processes.is_main or config.evaluation.ranks == "all"
-    validation = Validation(
-        data=data.validation,
-        scale=data.scale,
-        channels=data.channels,
-        bits=data.bits,
-        reading=reading,
-        colour=config.evaluation.protocol,
-        tile=config.evaluation.tile,
-        samples=config.evaluation.samples,
-        lpips=(
-            lpips.build(Path(config.evaluation.lpips), processes.device)
-            if measures and config.evaluation.lpips is not None
-            else None
-        ),
-    )
-    if config.evaluation.ranks == "all":
-        validation = dataclasses.replace(
-            validation,
-            rank=processes.rank,
-            ranks=processes.world_size,
-            total=lambda values: processes.sum(values.to(processes.device)).cpu(),
-        )
+    validation = _validation(config, processes, inputs.reading, measures)
     if first_step >= total_steps:
         done = position.place // steps_per_epoch
         if processes.is_main:
@@ -194,70 +192,19 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         if measures:  # what is there, and leave the folder as it is
             means = validation.run(networks.evaluated(), tracking.Silent(), done, first_step)
         return Result(folder, means if processes.is_main else [], skipped.count, protocol)
-    tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
-        left_out = plan.left_out_per_epoch
         size = checkpoint.expected_bytes(networks.weights, networks.optimizers)
         free = checkpoint.check_room(folder, size, config.checkpoint.keep)
-        log.info(
-            "%s on %s, precision %s; %s parameters in the generator, %s in the discriminator; "
-            "checkpoints of about %.0f MB, %.0f GB free",
-            "1 process" if processes.world_size == 1 else f"{processes.world_size} processes",
-            processes.device.type,
-            processes.mixed_precision,
-            f"{models.count_parameters(networks.generator):,}",
-            f"{models.count_parameters(networks.discriminator):,}" if networks.discriminator else 0,
-            size / 1e6,
-            free / 1e9,
-        )
-        log.info(
-            "training on %d samples in %d shard(s)%s, "
-            "%d crop(s) of each: %d steps of %d crops an epoch; validation on %d picture(s)",
-            index.samples,
-            len(index.shards),
-            f" ({left_out} left out of each epoch, others each time)" if left_out else "",
-            plan.crops_per_image,
-            steps_per_epoch,
-            batch_size,
-            checked.pictures,
-        )
-        for setting in _without_effect(config, total_images):
-            log.warning("without effect: %s", setting)
-        if index.channels > data.channels:
-            log.info("the shards hold colour pictures, which are trained on as luma")
-        if first_weights is not None:
-            log.info("starting from the generator of %s", config.train.start_from)
+        _say_what_will_be_done(config, processes, inputs, networks, (size, free), total_images)
         if start is not None:
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
             for change in _changes(folder / "config.yaml", config):
                 log.info("changed since: %s", change)
-            if start.meta.get("validation", checked.fingerprint) != checked.fingerprint:
-                log.info(
-                    "the validation pictures are others than before: their PSNR is not that of "
-                    "earlier epochs, and `best` is chosen among checkpoints from here on"
-                )
     if dry:
         return None
-    batches = stream.batches(
-        stream.CropStream(
-            index=index,
-            plan=plan,
-            scale=data.scale,
-            channels=data.channels,
-            crop_size=data.crop_size,
-            bits=data.bits,
-            degradation=Degradation(**dataclasses.asdict(data.degradation)),
-            rank=processes.rank,
-            world_size=processes.world_size,
-            first_step=position.place,
-            last_step=steps_per_epoch * config.train.epochs,
-            on_error=config.stream.on_error,
-            settings=reading,
-        ),
-        num_workers=data.num_workers,
-        pin_memory=processes.device.type == "cuda",
-    )
+    batches = _batches(config, processes, inputs, position.place)
     batches = itertools.chain([next(batches)], batches)  # shards that cannot be read end it here
+    tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_whole(folder / "config.yaml", to_yaml(config))
@@ -308,9 +255,9 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             values["gradient/left_out"] = finite.check_updates(
                 nonfinite,
                 processes,
-                index,
+                inputs.index,
                 plan,
-                reading,
+                inputs.reading,
                 skips=skips,
                 most_in_a_row=config.train.nonfinite_in_a_row,
                 place_of_step_0=position.place - first_step,
@@ -349,12 +296,14 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                             measured = validation.run(networks.evaluated(), tracker, epoch, step)
                             means = measured
                         row = (epoch, epoch_sums, measured)
-                        _end_epoch(folder, config, networks, identity, tracker, *row)
+                        _end_epoch(folder, config, networks, inputs.identity, tracker, *row)
                 finally:
                     state = resuming.state_of(processes, networks, epoch_means, skipped, buffers)
                     now = resuming.Position(step, images_seen + batch_size, place)
-                    meta = resuming.meta_of(identity, processes, plan, now, measured)
-                    meta |= {"bits": data.bits, "validation": checked.fingerprint}
+                    meta = resuming.meta_of(inputs.identity, processes, plan, now, measured)
+                    assert inputs.validation is not None, "rank 0 has looked at the pictures"
+                    meta["validation"] = inputs.validation.fingerprint
+                    meta["bits"] = config.data.bits
                     saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
                     saved_at = time.monotonic()
                 if stops:  # before any rank ends: launchers end the others then
@@ -373,6 +322,106 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     progress.close()
     tracker.close()
     return Result(folder, means, skipped.count, protocol)
+
+
+def _validation(
+    config: Config, processes: Processes, reading: storage.Settings, measures: bool
+) -> Validation:
+    data, evaluation = config.data, config.evaluation
+    perceived = measures and evaluation.lpips is not None
+    validation = Validation(
+        data=data.validation,
+        scale=data.scale,
+        channels=data.channels,
+        bits=data.bits,
+        reading=reading,
+        colour=evaluation.protocol,
+        tile=evaluation.tile,
+        samples=evaluation.samples,
+        lpips=lpips.build(Path(str(evaluation.lpips)), processes.device) if perceived else None,
+    )
+    if evaluation.ranks == "main":
+        return validation
+    return dataclasses.replace(
+        validation,
+        rank=processes.rank,
+        ranks=processes.world_size,
+        total=lambda values: processes.sum(values.to(processes.device)).cpu(),
+    )
+
+
+def _batches(
+    config: Config, processes: Processes, inputs: _Inputs, first_step: int
+) -> Iterator[stream.Batch]:
+    """This rank's batches, from a step of the plan on to the end of the last epoch."""
+    data = config.data
+    return stream.batches(
+        stream.CropStream(
+            index=inputs.index,
+            plan=inputs.plan,
+            scale=data.scale,
+            channels=data.channels,
+            crop_size=data.crop_size,
+            bits=data.bits,
+            degradation=Degradation(**dataclasses.asdict(data.degradation)),
+            rank=processes.rank,
+            world_size=processes.world_size,
+            first_step=first_step,
+            last_step=inputs.plan.steps_per_epoch * config.train.epochs,
+            on_error=config.stream.on_error,
+            settings=inputs.reading,
+        ),
+        num_workers=data.num_workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+
+
+def _say_what_will_be_done(
+    config: Config,
+    processes: Processes,
+    inputs: _Inputs,
+    networks: gan.Networks,
+    checkpoint_and_free: tuple[int, int],
+    total_images: int,
+) -> None:
+    """`checkpoint_and_free`: bytes of a checkpoint, and free on the disk."""
+    index, plan, checked = inputs.index, inputs.plan, inputs.validation
+    assert checked is not None, "rank 0 speaks"
+    log.info(
+        "%s on %s, precision %s; %s parameters in the generator, %s in the discriminator; "
+        "checkpoints of about %.0f MB, %.0f GB free",
+        "1 process" if processes.world_size == 1 else f"{processes.world_size} processes",
+        processes.device.type,
+        processes.mixed_precision,
+        f"{models.count_parameters(networks.generator):,}",
+        f"{models.count_parameters(networks.discriminator):,}" if networks.discriminator else 0,
+        checkpoint_and_free[0] / 1e6,
+        checkpoint_and_free[1] / 1e9,
+    )
+    left_out = plan.left_out_per_epoch
+    log.info(
+        "training on %d samples in %d shard(s)%s, "
+        "%d crop(s) of each: %d steps of %d crops an epoch; validation on %d picture(s)",
+        index.samples,
+        len(index.shards),
+        f" ({left_out} left out of each epoch, others each time)" if left_out else "",
+        plan.crops_per_image,
+        plan.steps_per_epoch,
+        config.train.global_batch_size,
+        checked.pictures,
+    )
+    for setting in _without_effect(config, total_images):
+        log.warning("without effect: %s", setting)
+    if index.channels > config.data.channels:
+        log.info("the shards hold colour pictures, which are trained on as luma")
+    if inputs.first_weights is not None:
+        log.info("starting from the generator of %s", config.train.start_from)
+    start = inputs.start
+    if start and start.meta.get("validation", checked.fingerprint) != checked.fingerprint:
+        log.info(
+            "the validation pictures are others than before: their PSNR is not that of earlier "
+            "epochs, and `best` is chosen among checkpoints from here on"
+        )
 
 
 def _without_effect(config: Config, total_images: int) -> list[str]:
