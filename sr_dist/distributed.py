@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import logging
 import os
 import traceback
 import warnings
@@ -20,6 +21,8 @@ from torch.distributed import distributed_c10d
 
 from sr_dist.errors import LostRank, UserError, said_once_a_node
 from sr_dist.watch import Watch
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +221,9 @@ def joined(mixed_precision: str | None, seed: int, timeout: float = 600.0) -> It
             InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
         ],
     )
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and launched_world_size() > 1 and not told_cpu and accelerator.is_main_process:
+        log.warning("no GPU can be used here: all processes compute on the CPU")
     if not on_cpu:
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -392,7 +392,7 @@ def _open(source: bytes | Path) -> Image.Image:
         # Pillow names the file, or an object in memory; the caller knows better what it is.
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "of no known format, or its header is damaged" if unknown else str(error)
-        raise PictureError(f"no picture: {reason}") from error
+        raise PictureError(f"is no picture: {reason}") from error
     if frames > 1 and image.format != "MPO":
         raise PictureError(f"has {frames} frames or pages; one is expected")
     deep = image.mode.startswith(("I", "F")) or _stored_in_16_bits(image)

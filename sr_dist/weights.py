@@ -47,7 +47,7 @@ def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
         if state[key].shape != own[key].shape:
             raise UserError(
                 f"{where}: {key} has shape {tuple(state[key].shape)}, the model's has "
-                f"{tuple(own[key].shape)}; the weights are of another width, depth or scale"
+                f"{tuple(own[key].shape)}; they differ in width, depth, scale or channels"
             )
     module.load_state_dict(state)
 

@@ -102,7 +102,7 @@ def test_upscale_files_and_folders(
         *("launch/upscale.py", "--checkpoint", published),
         *("--input", source, source / "deep" / "gray.png", "--output", output),
     )
-    assert "1 picture(s) could not be used" in message and "bad.png no picture" in message
+    assert "1 picture(s) could not be used" in message and "bad.png is no picture" in message
     written = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
     assert written == {"a.png.png", "a.bmp.png", "deep/gray.png", "gray.png"}
     assert images.header(output / "deep/gray.png")[:2] == (256, 320)

@@ -93,7 +93,7 @@ def test_pictures_that_cannot_be_measured(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="flat.png is 90x16 pixels; the metrics need 19 "):
         read(tmp_path)
     (tmp_path / "flat.png").write_text("no")
-    with pytest.raises(UserError, match="flat.png no picture"):
+    with pytest.raises(UserError, match="flat.png is no picture"):
         read(tmp_path)
     (tmp_path / "flat.png").unlink()
     with pytest.raises(UserError, match="holds no pictures"):
@@ -256,7 +256,7 @@ def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> 
         *("launch/evaluate.py", "--data", bad, "--output", output, "--method", "bicubic"),
         *("--scale", 4),
     )
-    assert "2 of 3 pictures cannot be measured; take them out:\n  b.png no picture" in message
+    assert "2 of 3 pictures cannot be measured; take them out:\n  b.png is no picture" in message
     assert "\n  c.png is 99x9 pixels" in message
     assert "give --scale" in refuse(*common, "--method", "bicubic")
     assert not output.exists()

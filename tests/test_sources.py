@@ -466,7 +466,7 @@ def test_pexels_keeps_attribution_and_the_key_to_itself(server: Server, tmp_path
     output = tmp_path / "out"
     options = ("--source", "pexels", "--output", output, "--address", api, "--count", 3)
     done = succeed(TOOL, *map(str, options), PEXELS_API_KEY="the-key")
-    assert "3 downloaded, 0 there already, 0 duplicates dropped, 0 left out" in done.stdout
+    assert "3 downloaded, 0 there already, 0 duplicate(s) dropped, 0 left out" in done.stdout
     found = {row["address"]: row for row in rows(output)}
     assert found[server.address("/photos/1.jpeg")]["attribution"] == (
         "Photo by Jo 1 (https://www.pexels.com/@jo1) on Pexels, https://www.pexels.com/photo/1/"
@@ -577,7 +577,7 @@ def test_urls_from_unsplash_lite(server: Server, tmp_path: Path) -> None:
     words = (TOOL, "--source", "urls", "--input", path, "--output", output, "--add-query", "w=64")
     done = succeed(*words, "--count", "3", "--workers", "2")
     assert done.stdout == (
-        f"{output}: 3 downloaded, 0 there already, 0 duplicates dropped, 0 left out\n"
+        f"{output}: 3 downloaded, 0 there already, 0 duplicate(s) dropped, 0 left out\n"
     )
     done = succeed(*words)
     assert "1 downloaded, 3 there already" in done.stdout
@@ -603,7 +603,7 @@ def test_urls_lists_what_is_left_out(server: Server, tmp_path: Path) -> None:
     assert lines[19] == f"left out: {missing[17]} answers with status 404 Not Found"
     assert lines[20:] == [
         f"and 5 more; all are in {output / 'failures.csv'}",
-        f"{output}: 1 downloaded, 0 there already, 0 duplicates dropped, 25 left out",
+        f"{output}: 1 downloaded, 0 there already, 0 duplicate(s) dropped, 25 left out",
     ]
     assert len(rows(output, "failures.csv")) == 25
 

@@ -210,7 +210,7 @@ def test_nothing_is_written_before_all_is_checked(recipe: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="chelsea.png is 90x16 pixels"):
         train.run(load(recipe))
     (tmp_path / "chelsea.png").write_text("no picture")
-    with pytest.raises(UserError, match="chelsea.png no picture"):
+    with pytest.raises(UserError, match="chelsea.png is no picture"):
         train.run(load(recipe))
     images.save(np.zeros((64, 90, 1), np.uint8), tmp_path / "chelsea.png")
     with pytest.raises(UserError, match="holds gray pictures alone, but data.channels is 3; valid"):

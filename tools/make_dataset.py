@@ -157,7 +157,7 @@ def collect(arguments: argparse.Namespace) -> None:
         print(f"left out: {path} {reason}")
     print(
         f"{arguments.output}: {result.copied} copied, {result.present} there already, "
-        f"{result.duplicates} duplicates dropped, {len(result.rejects)} left out"
+        f"{result.duplicates} duplicate(s) dropped, {len(result.rejects)} left out"
     )
 
 
@@ -192,7 +192,7 @@ def download(arguments: argparse.Namespace) -> None:
         print(note)
     print(
         f"{arguments.output}: {result.fetched} downloaded, {result.present} there already, "
-        f"{result.duplicates} duplicates dropped, {len(result.failures)} left out"
+        f"{result.duplicates} duplicate(s) dropped, {len(result.failures)} left out"
     )
 
 
