@@ -270,6 +270,11 @@ class Train:
         "crops after which a weight counts half in the averaged generator; 0: no average",
         minimum=0,
     )
+    compile: bool = setting(
+        False,
+        "run both networks through torch.compile: the first steps take minutes, later ones less "
+        "time on GPUs (on CPUs none); needs Triton there, a C++ compiler here",
+    )
     mixed_precision: str | None = setting(
         None,
         "no, bf16 or fp16; null takes what accelerate launch was told",
@@ -425,6 +430,11 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(
             "train.accumulation_steps: relativistic_average compares with the average of the "
             "batch, which its parts do not know; use 1"
+        )
+    if config.train.compile and config.loss.adversarial.r1_weight:
+        problems.append(
+            "train.compile: torch.compile cannot differentiate twice, which "
+            "loss.adversarial.r1_weight needs"
         )
     if config.train.global_batch_size % config.train.accumulation_steps:
         problems.append(

@@ -124,11 +124,12 @@ def build_networks(
     optimizer: Mapping[str, Mapping[str, Any]],
     half_life: float,
     sync_batchnorm: bool = False,
+    compiled: bool = False,
 ) -> Networks:
     """`generator` and `discriminator`: arguments of `models.build_…`.
 
     `optimizer`: settings of each one's AdamW. `half_life`: of the averaged generator, in images; 0
-    keeps none. `sync_batchnorm`: with the statistics of all ranks.
+    keeps none. `sync_batchnorm`: with the statistics of all ranks. `compiled`: by torch.compile.
     """
     bare: dict[str, nn.Module] = {"generator": models.build_generator(**generator)}
     if discriminator is not None:
@@ -140,6 +141,8 @@ def build_networks(
         if sync_batchnorm and processes.world_size > 1:
             ranks.synchronise(module)
         _to(module, processes.device)
+        if compiled:
+            module.compile()
         settings = optimizer[name]
         adamw = torch.optim.AdamW(
             [parameter for parameter in module.parameters() if parameter.requires_grad],

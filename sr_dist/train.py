@@ -159,6 +159,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         optimizer=values_of["optimizer"],
         half_life=config.train.ema_half_life,
         sync_batchnorm=config.train.sync_batchnorm,
+        compiled=config.train.compile,
     )
     objective = gan.build_objective(**values_of["loss"], device=processes.device)
 

@@ -152,6 +152,11 @@ def test_parts_of_a_batch_do_not_know_its_average(tmp_path: Path) -> None:
     load(tmp_path, LEAST, *words, "loss.adversarial.weight=0")
 
 
+def test_what_torch_compile_cannot_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.compile: torch.compile cannot differentiate twice"):
+        load(tmp_path, LEAST, "train.compile=true", "loss.adversarial.r1_weight=1")
+
+
 def test_a_warm_up_needs_what_it_trains_on(tmp_path: Path) -> None:
     words = ("train.warmup_images=100", "loss.pixel.weight=0")
     with pytest.raises(UserError, match="the warm-up trains on loss.pixel, whose weight is 0"):

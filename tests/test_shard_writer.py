@@ -317,7 +317,9 @@ def test_pictures_that_cannot_be_used_are_told_and_indexed_all_the_same(
         "sample 2 is 300x90 pixels; expected 96 on a side",
         "sample 3 has several pictures (a.png, b.png), and nothing says which one to take",
     ]
-    with pytest.raises(stream.DataError, match="sample 1 is no picture|sample 2 is 300x90|sample 3"):
+    with pytest.raises(
+        stream.DataError, match="sample 1 is no picture|sample 2 is 300x90|sample 3"
+    ):
         read(tmp_path, last=2, batch=2, crops=1)
     batches = read_batches(tmp_path, last=2, batch=2, crops=1, crop_size=96, on_error="skip")
     assert len(batches) == 2 and sum(len(batch.skipped) for batch in batches) == 3
