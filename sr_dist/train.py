@@ -217,7 +217,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         total=total_images, done=position.images_seen, visible=processes.is_main
     )
 
-    skips = config.train.on_nonfinite == "skip"
+    skips, saturated = config.train.on_nonfinite == "skip", False
     every_minutes, saved_at = config.checkpoint.every_minutes, time.monotonic()
     every_seconds = None if every_minutes is None else 60 * every_minutes
     for step in range(first_step + 1, total_steps + 1):
@@ -265,6 +265,14 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             )
             if not skips:
                 finite.check_losses(values, step)
+            if not saturated and _is_saturated(values):
+                saturated = True
+                log.warning(
+                    "the discriminator scores HR and SR alike, at %.0f: it has saturated, and "
+                    "teaches nothing while it stays so. Lower optimizer.discriminator."
+                    "learning_rate, or take loss.adversarial.kind=bce, which finds back",
+                    values["score/hr"],
+                )
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
             learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
             tracker.scalars({**values, **speed, **learning_rates}, step)
@@ -323,6 +331,12 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     progress.close()
     tracker.close()
     return Result(folder, means, skipped.count, protocol)
+
+
+def _is_saturated(values: Mapping[str, float]) -> bool:
+    """Whether the discriminator is so sure, and of all pictures, that its sigmoid has no slope."""
+    scores = [values[name] for name in ("score/hr", "score/sr") if name in values]
+    return bool(scores) and (max(scores) < 1e-4 or min(scores) > 1 - 1e-4)
 
 
 def _validation(

@@ -153,6 +153,18 @@ def test_schedule_warm_up_and_waiting_as_tensorboard_shows_them(
         assert 0.05 < share * 8 / speed < 1, "seconds waited in a step"
 
 
+def test_a_discriminator_that_saturates_is_told_once(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ("train.warmup_images=0", "tracking.log_every_steps=1", "train.epochs=1")
+    train.run(load(recipe, *settings, "run.name=fine"))
+    assert "saturated" not in caplog.text
+    rate = "optimizer.discriminator.learning_rate=1"
+    train.run(load(recipe, *settings, rate, "loss.adversarial.kind=linear"))
+    (told,) = [message for message in caplog.messages if "it has saturated" in message]
+    assert "scores HR and SR alike, at" in told
+
+
 @pytest.mark.parametrize("colour", ["y", "rgb"])
 def test_evaluation_is_by_the_configured_protocol(
     recipe: Path, photographs: Path, colour: str
