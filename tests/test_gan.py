@@ -183,6 +183,7 @@ def test_the_discriminator_pays_what_the_settings_say(
     assert max(changes) > 1e-2, "R1 has a gradient of its own"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
 def test_compiled_steps_are_the_plain_ones(
     processes: Processes, batch: tuple[Tensor, Tensor]

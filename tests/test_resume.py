@@ -82,6 +82,7 @@ def test_a_stopped_run_of_other_networks_ends_bit_identical(
 ) -> None:
     """Their kernels lie otherwise in memory than separable ones."""
     settings = (*model, "checkpoint.every_steps=4", "train.epochs=1", "train.warmup_images=0")
+    settings += ("data.crop_size=32", "train.global_batch_size=12")
     unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
     stop_at(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):

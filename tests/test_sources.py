@@ -633,7 +633,7 @@ def test_a_stopped_download_goes_on(server: Server, tmp_path: Path) -> None:
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    _, message = running.communicate(timeout=30)
+    _, message = running.communicate(timeout=90)
     assert running.returncode == 75, message
     assert "stopped. The same command goes on from here." in message
     assert "Traceback" not in message
