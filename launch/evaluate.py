@@ -132,9 +132,6 @@ def main() -> None:
         if not gray and wanted == 1:
             logging.info("the model is of one channel: colour pictures are measured as luma")
         bits = {path: generators.bits_of(path) for path in channels}
-        if not arguments.bits and len(set(bits.values()) - {None}) > 1:
-            listing = ", ".join(f"{path} has {number}" for path, number in bits.items() if number)
-            raise UserError(f"models of different significant bits: {listing}; choose with --bits")
         significant = arguments.bits or next(filter(None, bits.values()), 16)
         data = {
             "data": arguments.data,
@@ -145,6 +142,9 @@ def main() -> None:
         }
         distance = lpips.build(arguments.lpips, device) if arguments.lpips else None
         checked = evaluate.check(**data)
+        if checked.deep and not arguments.bits and len(set(bits.values()) - {None}) > 1:
+            listing = ", ".join(f"{path} has {number}" for path, number in bits.items() if number)
+            raise UserError(f"models of different significant bits: {listing}; choose with --bits")
         pairs = evaluate.read_pairs(**data)
         protocol = metrics.protocol(
             arguments.protocol,

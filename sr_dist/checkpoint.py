@@ -205,7 +205,7 @@ def _score(path: Path, metric: str, validation: str | None) -> float | None:
         value = float(meta["metrics"][metric])
     except (KeyError, TypeError, ValueError):
         return None
-    if meta.get("validation") != validation:
+    if meta.get("validation", validation) != validation:  # older versions did not say
         return None
     return -value if metric == "lpips" else value
 

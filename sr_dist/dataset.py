@@ -84,10 +84,12 @@ def find_pictures(
             found.append((given, Path(given.name)))
         elif given.is_dir():
             apart = apart_from.resolve() if apart_from is not None else None
+            if apart is not None and given.resolve() not in apart.parents:
+                apart = None
             inside = [
                 (path, path.relative_to(given))
                 for path in images.find(given, broken_links=True)
-                if apart in (None, given.resolve()) or apart not in path.resolve().parents
+                if apart is None or apart not in path.resolve().parents
             ]
             if not inside:
                 raise UserError(f"{given} holds no pictures ({', '.join(images.SUFFIXES)})")
@@ -160,8 +162,8 @@ def split(
     """Write `train.txt` and `val.txt` into `output` (or `folder`), and return what they list.
 
     A picture belongs where the hash of `seed` and its bytes says, whatever else is there; one that
-    an earlier run listed stays where it is. Neither list is ever empty, and no bytes are in both.
-    Paths are relative to the lists.
+    an earlier run listed stays where it is, and copies go where their original is. Neither list is
+    ever empty. Paths are relative to the lists.
 
     Raises:
         UserError: fewer than two different pictures, a fraction that is not between 0 and 1, or no
@@ -183,7 +185,20 @@ def split(
     full = [start / path.relative_to(folder) for path in paths]
     names = [Path(os.path.relpath(path, place)).as_posix() for path in full]
     shares = {name: _share(path, seed) for name, path in zip(names, paths, strict=True)}
-    earlier = {side: set(_read_list(output / f"{side}.txt")) for side in ("train", "val")}
+    listed = {side: set(_read_list(output / f"{side}.txt")) for side in ("train", "val")}
+    # A share is that of the bytes: pictures with that of a listed one are its copies.
+    of_listed = {side: {shares[n] for n in names if n in listed[side]} for side in listed}
+    earlier = {
+        side: {
+            name
+            for name in names
+            if name in listed[side]
+            or name not in listed[other]
+            and shares[name] in of_listed[side]
+            and (side == "val" or shares[name] not in of_listed[other])
+        }
+        for side, other in (("train", "val"), ("val", "train"))
+    }
     validation = {
         name
         for name in names
@@ -207,8 +222,8 @@ def split(
             )
         validation ^= moved
     sides = ([name for name in names if name not in validation], sorted(validation))
-    for side, listed in zip(("train", "val"), sides, strict=True):
-        files.write_whole(output / f"{side}.txt", "".join(f"{name}\n" for name in listed))
+    for side, members in zip(("train", "val"), sides, strict=True):
+        files.write_whole(output / f"{side}.txt", "".join(f"{name}\n" for name in members))
     return sides
 
 

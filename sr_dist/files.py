@@ -21,7 +21,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         OSError: with the file's name, also where the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    partial = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.part")  # names have ends
     try:
         with partial.open("wb") as file:
             yield file
@@ -29,7 +29,8 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        error.filename = str(path)
+        if error.filename in (None, str(partial)):
+            error.filename = str(path)
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from sr_dist.errors import UserError
 _ZOOM_SIDE = 64  # HR pixels of the enlarged detail
 _LEAST_WIDTH = 480  # of a slider, pixels of the page; smaller pictures are enlarged to it
 _WEBP_MOST = 16383  # pixels on a side
-_METRICS, _TABLE, _PICTURES = "metrics.json", "metrics.csv", "pictures"
+_METRICS, _TABLE, _REPORT, _PICTURES = "metrics.json", "metrics.csv", "report.html", "pictures"
 
 Summary = dict[str, Any]
 
@@ -37,8 +37,9 @@ class Writer:
         self.protocol = protocol
         self.sections: list[tuple[str, str, str, str]] = []  # picture, its sizes; HTML
         self.files: set[str] = set()  # names of pictures written
-        for picture in _earlier_pictures(folder):
-            picture.unlink(missing_ok=True)
+        earlier = [folder / name for name in (_METRICS, _TABLE, _REPORT)]
+        for path in [*_earlier_pictures(folder), *earlier]:
+            path.unlink(missing_ok=True)
 
     def add(self, pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
         """Write the side-by-side picture; keep what the report shows of it."""
@@ -73,7 +74,7 @@ class Writer:
         }
         files.write_whole(self.folder / _METRICS, json.dumps(summary, indent=1) + "\n")
         files.write_whole(self.folder / _TABLE, _csv(rows))
-        files.write_whole(self.folder / "report.html", self._html(rows, means))
+        files.write_whole(self.folder / _REPORT, self._html(rows, means))
         return summary
 
     def _html(self, rows: Sequence[evaluate.Row], means: Sequence[evaluate.Mean]) -> str:
@@ -217,7 +218,8 @@ def _slider(
 
     def options(chosen: str) -> str:
         return "".join(
-            f"<option{' selected' if name == chosen else ''}>{html.escape(name)}</option>"
+            f'<option value="{html.escape(name)}"{" selected" if name == chosen else ""}>'
+            f"{html.escape(name)}</option>"
             for name in shown
         )
 

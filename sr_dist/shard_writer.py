@@ -13,7 +13,6 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -32,8 +31,6 @@ from PIL import Image
 
 from sr_dist import files, images, shard_reader, shards, storage, tars
 from sr_dist.errors import UserError
-
-log = logging.getLogger(__name__)
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -125,12 +122,12 @@ def write(
     sources = list(progress(read, "reading", len(pictures)))
     _stop_on_reject(sources, strict)
     recorded = {**dataclasses.asdict(options), "inputs": _fingerprint(sources)}
+    jobs = _jobs([source for source in sources if not source.reject], output, options)
     made = [place for place in (output, *output.parents) if not place.exists()]
-    done = _open_output(output, recorded)
+    done = _open_output(output, recorded, _fingerprint([s for job in jobs for s in job.sources]))
     if done is not None:
         return done
     try:
-        jobs = _jobs([source for source in sources if not source.reject], output, options)
         results = []
         for result in progress(run(_write_shard, jobs), "writing", len(jobs)):
             results.append(result)
@@ -226,8 +223,11 @@ def _fingerprint(sources: Sequence[_Source]) -> str:
     return digest.hexdigest()
 
 
-def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
-    """Make the folder ready. Returns the summary of a run that is complete already."""
+def _open_output(output: Path, recorded: dict[str, Any], partition: str) -> Summary | None:
+    """Make the folder ready. Returns the summary of a run that is complete already.
+
+    `partition`: a hash of which picture goes into which shard, which a run that goes on must share.
+    """
     output.mkdir(parents=True, exist_ok=True)
     progress = output / _PROGRESS_FOLDER
     inputs = progress / "inputs.json"
@@ -239,16 +239,15 @@ def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
                 "--output"
             )
         problems = shard_reader.check_files(index)
-        if not problems:
-            shutil.rmtree(progress, ignore_errors=True)
-            rejects = output / "rejects.jsonl"
-            count = len(rejects.read_text().splitlines()) if rejects.exists() else 0
-            return Summary(index.samples, len(index.shards), count, already_complete=True)
-        log.warning("%s; writing the shards again", problems[0])
-        files.write_whole(inputs, json.dumps(recorded))
-        (output / shards.INDEX_NAME).unlink()
+        if problems:
+            raise UserError(f"{problems[0]}; delete {output}, and run the same command again")
+        shutil.rmtree(progress, ignore_errors=True)
+        rejects = output / "rejects.jsonl"
+        count = len(rejects.read_text().splitlines()) if rejects.exists() else 0
+        return Summary(index.samples, len(index.shards), count, already_complete=True)
+    started = {**recorded, "shards": partition}
     if inputs.exists():
-        if json.loads(inputs.read_text()) != recorded:
+        if json.loads(inputs.read_text()) != started:
             raise UserError(
                 f"{output} holds an unfinished run with other pictures or options; delete it or "
                 "choose another --output"
@@ -260,13 +259,18 @@ def _open_output(output: Path, recorded: dict[str, Any]) -> Summary | None:
         )
     _remove_partial(output)
     progress.mkdir(exist_ok=True)
-    files.write_whole(inputs, json.dumps(recorded))
+    files.write_whole(inputs, json.dumps(started))
     return None
 
 
 def _remove_partial(output: Path) -> None:
     """Remove what processes that died, or were taken for dead, left unfinished."""
-    for pattern in (".shard-*.part", f".{shards.INDEX_NAME}.*.part", ".rejects.jsonl.*.part"):
+    for pattern in (
+        ".shard-*.part",
+        "shard-*.part",
+        f".{shards.INDEX_NAME}.*.part",
+        ".rejects.jsonl.*.part",
+    ):
         for partial in output.glob(pattern):
             partial.unlink(missing_ok=True)
 

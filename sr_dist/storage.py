@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 _BLOCK_BYTES = 2 * 2**20  # asked for at once
-_LEAST_BYTES = 64 * 2**10  # that an attempt must bring not to count as a failed one
+_LEAST_BYTES = 4 * 2**10  # that an attempt must bring not to count as a failed one
 _SLOWEST = 20  # times the timeout: that long a block may take to come
 _FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
 _LONGEST_PAUSE = 30.0
@@ -283,13 +283,20 @@ def _fetch_range(address: str, fs: Any, path: str, start: int, end: int, into: b
 
 async def _fetch_http(fs: Any, path: str, start: int, end: int, into: bytearray) -> None:
     session = await fs.set_session()
-    headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    async with session.get(fs.encode_url(path), headers=headers) as answer:
+    configured = dict(fs.kwargs)  # in fsspec's own configuration: headers, authentication
+    headers = {**configured.pop("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    headers["Accept-Encoding"] = "identity"
+    async with session.get(fs.encode_url(path), headers=headers, **configured) as answer:
         if answer.status == 404:
             raise FileNotFoundError(path)
         answer.raise_for_status()
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise OSError("the server compresses what it sends, though it was asked not to")
         part = answer.headers.get("Content-Range") if answer.status == 206 else None
         _check_range(part, answer.content_length, start, end)
+        if part is None:  # the whole file, which cannot be gone on with where it breaks
+            into += await answer.read()
+            return
         missing = end - start
         async for piece in answer.content.iter_any():
             into += piece[:missing]
@@ -325,8 +332,8 @@ def _check_range(part: str | None, length: int | None, start: int, end: int) -> 
             f"asked for {asked} bytes, the server sent {sent}: it does not answer range requests. "
             "Set stream.cache_dir, which fetches shards whole, or use another server"
         )
-    elif length < asked:
-        raise OSError(f"{length} of {asked} bytes came")
+    elif length < asked or start:
+        raise OSError(f"asked for bytes {start} to {end - 1}, the server sent {length} others")
 
 
 def _attempt(

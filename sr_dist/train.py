@@ -139,6 +139,9 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
             bits=data.bits,
             reading=reading,
         )
+        checked = dataclasses.replace(
+            checked, fingerprint=f"{config.evaluation.protocol} {checked.fingerprint}"
+        )
     identity = _identity(config, index, plan)
     start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
     first_weights = None
@@ -150,6 +153,7 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
 def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool) -> Result | None:
     batch_size, folder = config.train.global_batch_size, saver.folder.parent
     inputs = _check(config, processes, folder)
+    processes.wait_for_main("checked")
     plan, start = inputs.plan, inputs.start
     values_of = dataclasses.asdict(config)
     networks = gan.build_networks(
@@ -192,6 +196,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             log.info("%s has its %d epochs; raise train.epochs to train it further", folder, done)
         if measures:  # what is there, and leave the folder as it is
             means = validation.run(networks.evaluated(), tracking.Silent(), done, first_step)
+        processes.wait_for_main("evaluated")
         return Result(folder, means if processes.is_main else [], skipped.count, protocol)
     if processes.is_main:
         size = checkpoint.expected_bytes(networks.weights, networks.optimizers)
@@ -265,12 +270,12 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             )
             if not skips:
                 finite.check_losses(values, step)
-            if not saturated and _is_saturated(values):
+            if not saturated and _is_saturated(config.loss.adversarial.kind, values):
                 saturated = True
                 log.warning(
-                    "the discriminator scores HR and SR alike, at %.0f: it has saturated, and "
-                    "teaches nothing while it stays so. Lower optimizer.discriminator."
-                    "learning_rate, or take loss.adversarial.kind=bce, which finds back",
+                    "the discriminator scores HR and SR alike, at %.0f: it has saturated, where "
+                    "the linear loss has no gradient. Lower optimizer.discriminator.learning_rate, "
+                    "or take loss.adversarial.kind=bce, which has one",
                     values["score/hr"],
                 )
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
@@ -333,8 +338,13 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     return Result(folder, means, skipped.count, protocol)
 
 
-def _is_saturated(values: Mapping[str, float]) -> bool:
-    """Whether the discriminator is so sure, and of all pictures, that its sigmoid has no slope."""
+def _is_saturated(kind: str, values: Mapping[str, float]) -> bool:
+    """Whether the discriminator is so sure, and of all pictures, that its sigmoid has no slope.
+
+    The loss of `kind` linear then has none either; others do.
+    """
+    if kind != "linear":
+        return False
     scores = [values[name] for name in ("score/hr", "score/sr") if name in values]
     return bool(scores) and (max(scores) < 1e-4 or min(scores) > 1 - 1e-4)
 
@@ -434,8 +444,8 @@ def _say_what_will_be_done(
     start = inputs.start
     if start and start.meta.get("validation", checked.fingerprint) != checked.fingerprint:
         log.info(
-            "the validation pictures are others than before: their PSNR is not that of earlier "
-            "epochs, and `best` is chosen among checkpoints from here on"
+            "the validation pictures, or their protocol, are others than before: their PSNR is not "
+            "that of earlier epochs, and `best` is chosen among checkpoints from here on"
         )
 
 

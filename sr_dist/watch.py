@@ -23,6 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PERIOD = 0.25  # seconds between two looks at the store
 _AHEAD = 2.0  # seconds that every rank has to hear of an agreement
 _SILENT = 3.0  # seconds without a sign of life that tell of a rank, once something is wrong
+_HALT = 1.0  # seconds more than a period that tell of a process that was suspended
 _GONE = 1  # exit status
 
 
@@ -57,7 +58,8 @@ class Watch:
         self.beats = 0
         self.heard: dict[int, tuple[str, float]] = {}  # rank → last sign, when it changed
         self.closing = threading.Event()
-        self.answered = time.monotonic()  # when the store did so last
+        self.halted = 0.0  # seconds that this process was suspended, which is nobody's silence
+        self.answered = self._now()  # when the store did so last
         self.threads = [
             threading.Thread(target=target, daemon=True, name="watch")
             for target in (self._live, self._guard)
@@ -65,7 +67,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.store is not None:
-            self.answered = time.monotonic()
+            self.answered = self._now()
             for thread in self.threads:
                 thread.start()
         return self
@@ -169,12 +171,25 @@ class Watch:
 
     def _quiet(self) -> list[int]:
         self._listen()
-        now = time.monotonic()
+        now = self._now()
         return [r for r, (_, when) in sorted(self.heard.items()) if now - when >= _SILENT - _PERIOD]
+
+    def _now(self) -> float:
+        """Seconds, by a clock that stands while this process is suspended."""
+        return time.monotonic() - self.halted
+
+    def _wait_a_period(self) -> bool:
+        """Whether the watch is closing."""
+        began = time.monotonic()
+        closing = self.closing.wait(_PERIOD)
+        longer = time.monotonic() - began - _PERIOD
+        if longer > _HALT:
+            self.halted += longer
+        return closing
 
     def _live(self) -> None:
         assert self.store is not None
-        while not self.closing.wait(_PERIOD):
+        while not self._wait_a_period():
             try:
                 self.beats += 1
                 self.store.set(f"alive/{self.rank}", f"{self.beats} {self.step}")
@@ -184,7 +199,7 @@ class Watch:
                 if not self.closing.is_set():
                     self._end("the process that keeps the ranks together is gone")
                 return
-            self.answered = now = time.monotonic()
+            self.answered = now = self._now()
             lost = [r for r, (_, when) in self.heard.items() if now - when > self.timeout]
             if lost:
                 names = ", ".join(map(str, sorted(lost)))
@@ -192,8 +207,8 @@ class Watch:
 
     def _guard(self) -> None:
         """A store that the network has cut off neither answers nor raises: who asks it waits."""
-        while not self.closing.wait(_PERIOD):
-            if time.monotonic() - self.answered > self.timeout:
+        while not self._wait_a_period():
+            if self._now() - self.answered > self.timeout:
                 self._end(
                     f"no answer for {self.timeout:.0f} s from the machine of rank 0, where the "
                     "ranks are kept together"
@@ -219,7 +234,7 @@ class Watch:
     def _listen(self) -> None:
         """Rank 0 listens to all others, and they to it."""
         assert self.store is not None
-        now = time.monotonic()
+        now = self._now()
         for rank in range(1, self.world_size) if self.rank == 0 else [0]:
             key = f"alive/{rank}"
             sign = self.store.get(key).decode() if self.store.check([key]) else ""

@@ -88,6 +88,7 @@ def test_a_folder_of_results_is_not_taken_for_pictures(tmp_path: Path) -> None:
 
     assert names(None) == names(tmp_path) == ["a.png", "results/a.png"]
     assert names(tmp_path / "results") == ["a.png"]
+    assert names(tmp_path.parent) == ["a.png", "results/a.png"], "results go above the pictures"
 
 
 def test_collect_keeps_different_pictures_of_one_name(tmp_path: Path) -> None:
@@ -200,6 +201,18 @@ def test_copies_are_never_on_both_sides(tmp_path: Path) -> None:
                 for side in lists(tmp_path / f"{seed}-{fraction}")
             ]
             assert {"a.png", "copy.png"} in sides and {"other.png"} in sides
+
+
+def test_copies_of_listed_pictures_go_where_those_are(tmp_path: Path) -> None:
+    for seed in range(12):
+        noise(tmp_path / f"{seed}.png", seed, side=8)
+    train, val = map(set, dataset.split(tmp_path, 0.3, seed=0))
+    for name in train | val:
+        (tmp_path / f"copy-{name}").write_bytes((tmp_path / name).read_bytes())
+    for fraction in (0.3, 0.01, 0.99):
+        sides = dataset.split(tmp_path, fraction, seed=0)
+        for side, before in zip(sides, (train, val), strict=True):
+            assert set(side) == before | {f"copy-{name}" for name in before}
 
 
 def test_lists_behind_a_link_lead_to_the_pictures(tmp_path: Path) -> None:

@@ -16,3 +16,8 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         files.write_whole(path, bytes(2000))
     assert path.read_text(encoding="utf-8") == "größer"
     assert [each.name for each in path.parent.iterdir()] == ["a.txt"]
+    longest = tmp_path / ("x" * 255)
+    files.write_whole(longest, b"1")
+    with pytest.raises(OSError, match="source"), files.whole(longest):
+        raise OSError(5, "Input/output error", "source")
+    assert longest.read_bytes() == b"1"

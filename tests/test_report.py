@@ -13,7 +13,8 @@ from PIL import Image
 
 from sr_dist import evaluate, images, metrics, report
 
-FLAT = {"LR": 10, "bicubic": 60, "A": 120, "B": 180, "HR": 240}  # the gray of each picture
+# The gray of each picture.
+FLAT = {"LR": 10, "bicubic": 60, "A": 120, "B": 180, "HR": 240}
 
 
 @pytest.fixture(scope="module")

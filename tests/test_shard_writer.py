@@ -214,13 +214,38 @@ def test_complete_output_is_kept_and_never_overwritten(photographs: Path, tmp_pa
     assert contents(tmp_path / "out") == before
 
 
-def test_shards_that_went_missing_are_written_again(photographs: Path, tmp_path: Path) -> None:
+def test_shards_that_went_missing_are_told(photographs: Path, tmp_path: Path) -> None:
     write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
-    before = contents(tmp_path / "out")
     (tmp_path / "out" / "shard-000001.tar").unlink()
-    (tmp_path / "out" / "shard-000002.tar").write_bytes(b"cut")
-    result = write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
-    assert not result.already_complete and contents(tmp_path / "out") == before
+    before = contents(tmp_path / "out")
+    message = "shard-000001.tar cannot be read: No such file .*; delete .*/out, and run the same"
+    with pytest.raises(UserError, match=message):
+        write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_stopped_run_is_not_gone_on_with_by_another_partition(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another version rejects a picture that the first one took."""
+
+    def stopped(job: shard_writer._Job) -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "_write_shard", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write(photographs, tmp_path / "out")
+    real = images.header
+
+    def stricter(source: Path | bytes) -> images.Header:
+        if "coffee" in str(source):
+            raise images.PictureError("is not to my taste")
+        return real(source)
+
+    monkeypatch.setattr(images, "header", stricter)
+    with pytest.raises(UserError, match="an unfinished run with other pictures or options"):
+        write(photographs, tmp_path / "out")
 
 
 def test_what_is_left_of_progress_is_removed(photographs: Path, tmp_path: Path) -> None:

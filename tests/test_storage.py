@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -167,6 +168,42 @@ def test_a_wrong_length_is_a_fault(server: Server) -> None:
     server.sizes["/b.tar"] = 1000
     with pytest.raises(OSError, match=r"b.tar cannot be read at byte 600 after 4 attempts: "):
         storage.open_file(server.address("/b.tar"), QUICK, size=1000).read()
+
+
+def test_a_whole_file_where_its_end_was_asked_for_is_a_fault(server: Server) -> None:
+    body = os.urandom(2 * 2**20)
+    address = server.serve("/a.tar", data(body, ranges=False))
+    server.sizes["/a.tar"] = 4 * 2**20
+    with (
+        storage.open_file(address, QUICK, size=4 * 2**20) as file,
+        pytest.raises(OSError, match="byte 2097152 after 4 attempts: .* sent 2097152 others"),
+    ):
+        file.read()
+
+
+def test_small_files_need_no_ranges_also_where_connections_break(server: Server) -> None:
+    body = os.urandom(300_000)
+    replies = [data(body, ranges=False, sent=200_000), data(body, ranges=False)]
+    address = server.serve("/a.tar", *replies)
+    with storage.open_file(address, QUICK, size=len(body)) as file:
+        assert file.read() == body
+
+
+def test_compressed_answers_are_named(server: Server) -> None:
+    address = server.serve("/a.tar", data(os.urandom(100), Content_Encoding="gzip"))
+    with pytest.raises(OSError, match="the server compresses what it sends"):
+        storage.open_file(address, QUICK, size=100).read()
+
+
+def test_headers_of_fsspecs_configuration_are_sent(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"X-Token": "abc"}})
+    fsspec.implementations.http.HTTPFileSystem.clear_instance_cache()
+    body = os.urandom(1000)
+    address = server.serve("/a.tar", data(body))
+    assert storage.open_file(address, QUICK, size=1000).read() == body
+    assert {request.headers["X-Token"] for request in server.asked("/a.tar")} == {"abc"}
 
 
 def test_a_fault_that_stays_names_address_byte_and_attempts(server: Server, sharded: Path) -> None:
