@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 META = "meta.json"
 TRAINING = "training.pt"
+_CHECKSUM = "checksum"  # in meta.json, of the rest of it; older versions wrote none
 # What settings are called that a checkpoint holds under other names; the rest are of the model.
 _SETTINGS = {
     ("generator", "scale"): "data.scale",
@@ -122,7 +123,8 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
     for name, state in held.weights.items():
         path = partial / f"{name}.safetensors"
         hashes[path.name] = _write_file(path, safetensors.torch.save(state))
-    text = json.dumps({"step": held.step, **held.meta, "sha256": hashes}, indent=1) + "\n"
+    meta = json.loads(json.dumps({"step": held.step, **held.meta, "sha256": hashes}))
+    text = json.dumps({**meta, _CHECKSUM: _checksum(meta)}, indent=1) + "\n"
     _write_file(partial / META, text.encode("utf-8"))
     _sync_folder(partial)
     shutil.rmtree(target, ignore_errors=True)  # of a stopped run that passed here before
@@ -130,6 +132,12 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
     _sync_folder(folder)
     _prune(folder, target, keep, best)
     return target
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    """Of what meta.json says beside it."""
+    said = {key: value for key, value in meta.items() if key != _CHECKSUM}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def expected_bytes(modules: Mapping[str, nn.Module], trained: Collection[str]) -> int:
@@ -142,25 +150,27 @@ def expected_bytes(modules: Mapping[str, nn.Module], trained: Collection[str]) -
 
 
 def check_room(folder: Path, size: int, keep: int) -> int:
-    """Bytes that are free where `folder` is or will be.
+    """Bytes that are free where `folder`, a run's, is or will be.
 
     Raises:
-        UserError: fewer than `keep` checkpoints of `size` bytes and the one being written need, or
-            nothing can be written there.
+        UserError: fewer than `keep` checkpoints of `size` bytes, the best and the one being written
+            need beyond what is there, or nothing can be written there.
     """
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    try:
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise UserError(
-            f"cannot use {folder}: in {place} nothing can be written: {error.strerror}"
-        ) from None
+    for each in (place, *(path for path in folder.glob("*") if path.is_dir())):
+        try:
+            tempfile.TemporaryFile(dir=each).close()
+        except OSError as error:
+            raise UserError(
+                f"cannot use {folder}: in {each} nothing can be written: {error.strerror}"
+            ) from None
     free = shutil.disk_usage(place).free
-    if free < (keep + 2) * size:
+    needed = max(1, keep + 2 - len(_folders(folder / "checkpoints")))
+    if free < needed * size:
         raise UserError(
-            f"{place} has {free / 1e6:.0f} MB free; {keep + 2} checkpoints of {size / 1e6:.0f} MB "
+            f"{place} has {free / 1e6:.0f} MB free; {needed} checkpoint(s) of {size / 1e6:.0f} MB "
             "would not fit. Make room, lower checkpoint.keep, or choose another run.output_dir."
         )
     return free
@@ -277,7 +287,8 @@ def find_start(folder: Path, resume: str, identity: Mapping[str, Any]) -> Checkp
     """The checkpoint that a run goes on from: the newest below `folder`, its own, if there is one.
 
     `resume`: auto; never, which refuses to; or a checkpoint, or a run's folder: a run without
-    checkpoints of its own goes on from there, and a run goes back to one of its own.
+    checkpoints of its own goes on from there, and a run goes back to one of its own, once: its
+    checkpoints say what `resume` they came by.
     `identity`: sections of settings that a run cannot change on its way, as `meta.json` holds them.
 
     Raises:
@@ -285,7 +296,8 @@ def find_start(folder: Path, resume: str, identity: Mapping[str, Any]) -> Checkp
             `resume` names is none.
     """
     found = find_newest(folder)
-    if resume not in ("auto", "never"):
+    went_there = found is not None and found.meta.get("resume") == resume
+    if resume not in ("auto", "never") and not went_there:
         named = find_in(Path(resume), names=None)
         if found is None or named.folder.resolve().parent == folder.resolve():
             found = named
@@ -327,9 +339,11 @@ def verify(folder: Path, names: Container[str] | None = None) -> Checkpoint:
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        hashes = meta["sha256"]
+        hashes = dict(meta["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {META}: {error}") from None
+    if meta.get(_CHECKSUM, _checksum(meta)) != _checksum(meta) or not hashes:
+        raise UserError(f"{folder} is no whole checkpoint: {META} is not what was saved")
     for name, expected in hashes.items():
         if names is not None and name not in names:
             continue

@@ -53,7 +53,8 @@ class Processes:
         return self.accelerator.autocast()  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        """A loss that is not finite gives gradients that are not, on all ranks once reduced."""
+        self.accelerator.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
 
     def reduced(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
         """For the forward and backward of one part of a batch: gradients are reduced if `now`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -53,20 +52,6 @@ def check_weights(modules: Mapping[str, nn.Module], step: int) -> None:
                     f"{name}.{key} is not finite at step {step}. Run again to go on from the last "
                     "checkpoint, with a lower learning rate or without mixed precision."
                 )
-
-
-def check_losses(values: Mapping[str, float], step: int) -> None:
-    """Of losses whose gradient was finite.
-
-    Raises:
-        UserError: on all ranks alike, since the values are means over them.
-    """
-    for name, value in values.items():
-        if name.startswith("loss/") and not math.isfinite(value):
-            raise UserError(
-                f"{name} is {value} at step {step}, though its gradient is finite. Run again to go "
-                "on from the last checkpoint, with a lower learning rate or in full precision."
-            )
 
 
 def check_updates(

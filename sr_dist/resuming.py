@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sr_dist import __version__, checkpoint, evaluate, gan, shards, tracking, weights
+from sr_dist import __version__, checkpoint, evaluate, finite, gan, shards, tracking, weights
 from sr_dist.distributed import Processes
 
 
@@ -39,6 +39,7 @@ def restore(
     networks: gan.Networks,
     epoch_means: tracking.EpochMeans,
     skipped: tracking.Skipped,
+    nonfinite: finite.Nonfinite,
 ) -> None:
     """Put the networks, the optimisers and the counts where the checkpoint has them.
 
@@ -55,6 +56,7 @@ def restore(
     for name, optimizer in networks.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     processes.load_scaler_state(state["scaler"])
+    nonfinite.counts = state.get("nonfinite", nonfinite.counts).to(processes.device)
     if processes.is_main:
         epoch_means.sums.copy_(state["epoch_sums"])
         skipped.count = state["skipped"]
@@ -65,6 +67,7 @@ def state_of(
     networks: gan.Networks,
     epoch_means: tracking.EpochMeans,
     skipped: tracking.Skipped,
+    nonfinite: finite.Nonfinite,
     buffers: torch.Tensor,
 ) -> dict[str, Any]:
     """What a run needs beside its weights to go on."""
@@ -73,6 +76,7 @@ def state_of(
         "scaler": processes.scaler_state(),
         "epoch_sums": epoch_means.sums.cpu(),
         "skipped": skipped.count,
+        "nonfinite": nonfinite.counts.cpu(),
         "buffers": buffers.cpu(),
     }
 

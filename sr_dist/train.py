@@ -179,7 +179,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         for module in (networks.generator, networks.average):
             weights.load(module, inputs.first_weights, str(config.train.start_from))
     if start is not None:
-        resuming.restore(start, processes, networks, epoch_means, skipped)
+        resuming.restore(start, processes, networks, epoch_means, skipped, nonfinite)
     step_of_ranks = processes.means({"first": torch.tensor(first_step, device=processes.device)})
     if step_of_ranks["first"] != first_step:
         raise UserError(
@@ -206,10 +206,10 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
             for change in _changes(folder / "config.yaml", config):
                 log.info("changed since: %s", change)
-    if dry:
-        return None
     batches = _batches(config, processes, inputs, position.place)
     batches = itertools.chain([next(batches)], batches)  # shards that cannot be read end it here
+    if dry:
+        return None
     tracker: tracking.Tracker = tracking.Silent()
     if processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -254,11 +254,13 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         progress.advance(batch_size, waited)
 
         epoch, ends_epoch = (place - 1) // steps_per_epoch + 1, place % steps_per_epoch == 0
-        if ends_epoch or step % config.tracking.log_every_steps == 0:
-            mine = torch.tensor(float(skipped.count), device=processes.device)
-            values = processes.means({**scalars, "data/skipped": mine})
-            values["data/skipped"] *= processes.world_size
-            values["gradient/left_out"] = finite.check_updates(
+        logs = ends_epoch or step % config.tracking.log_every_steps == 0
+        stops = processes.watch.due("stop", step)
+        saves = processes.watch.due("save", step)
+        if config.checkpoint.every_steps is not None:
+            saves = saves or step % config.checkpoint.every_steps == 0
+        if logs or saves or stops:  # no checkpoint holds what should have stopped the run
+            left_out = finite.check_updates(
                 nonfinite,
                 processes,
                 inputs.index,
@@ -268,8 +270,13 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                 most_in_a_row=config.train.nonfinite_in_a_row,
                 place_of_step_0=position.place - first_step,
             )
-            if not skips:
-                finite.check_losses(values, step)
+        if logs:
+            mine = torch.tensor(float(skipped.count), device=processes.device)
+            values = processes.means({**scalars, "data/skipped": mine})
+            values |= {
+                "data/skipped": values["data/skipped"] * processes.world_size,
+                "gradient/left_out": left_out,
+            }
             if not saturated and _is_saturated(config.loss.adversarial.kind, values):
                 saturated = True
                 log.warning(
@@ -285,10 +292,6 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             saver.check()
             if every_seconds is not None and time.monotonic() - saved_at >= every_seconds:
                 processes.watch.ask("save")
-        stops = processes.watch.due("stop", step)
-        saves = processes.watch.due("save", step)
-        if config.checkpoint.every_steps is not None:
-            saves = saves or step % config.checkpoint.every_steps == 0
         if not (ends_epoch or saves or stops):
             continue
 
@@ -312,12 +315,14 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                         row = (epoch, epoch_sums, measured)
                         _end_epoch(folder, config, networks, inputs.identity, tracker, *row)
                 finally:
-                    state = resuming.state_of(processes, networks, epoch_means, skipped, buffers)
+                    state = resuming.state_of(
+                        processes, networks, epoch_means, skipped, nonfinite, buffers
+                    )
                     now = resuming.Position(step, images_seen + batch_size, place)
                     meta = resuming.meta_of(inputs.identity, processes, plan, now, measured)
                     assert inputs.validation is not None, "rank 0 has looked at the pictures"
                     meta["validation"] = inputs.validation.fingerprint
-                    meta["bits"] = config.data.bits
+                    meta |= {"bits": config.data.bits, "resume": config.run.resume}
                     saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
                     saved_at = time.monotonic()
                 if stops:  # before any rank ends: launchers end the others then

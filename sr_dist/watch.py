@@ -2,7 +2,8 @@
 
 Each rank tells a store, which the launcher keeps, that it lives and which step it is at. Rank 0
 watches the others, and they it. What all ranks must do at the same step (stop, save) is asked for
-by any of them; rank 0 then names a step that is far enough ahead for every rank to have heard.
+by any of them. At the end of its step rank 0 then names the next one, and waits, this once, until
+all have heard of it: none can end that step before, since its gradients come from rank 0 too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PERIOD = 0.25  # seconds between two looks at the store
-_AHEAD = 2.0  # seconds that every rank has to hear of an agreement
 _SILENT = 3.0  # seconds without a sign of life that tell of a rank, once something is wrong
 _HALT = 1.0  # seconds more than a period that tell of a process that was suspended
 _GONE = 1  # exit status
@@ -35,10 +35,6 @@ class Store(Protocol):
     def check(self, keys: list[str]) -> bool: ...
 
 
-class LateForAgreement(RuntimeError):
-    """This rank heard of an agreement after the step that it was for."""
-
-
 class Watch:
     """One rank's part. `store` is None where there is one rank: it agrees with itself at once.
 
@@ -49,14 +45,14 @@ class Watch:
     def __init__(self, rank: int, world_size: int, store: Store | None, timeout: float) -> None:
         self.rank, self.world_size, self.store, self.timeout = rank, world_size, store, timeout
         self.step = 0  # the one that this rank has begun, kept by the loop
-        self.began = time.monotonic()
-        self.first_step = 0
         self.asked: set[str] = set()
+        self.wanted: set[str] = set()  # rank 0: what some rank asked for, with its round
         self.agreed: dict[str, int] = {}  # what → step at whose end
         self.rounds: dict[str, int] = {}  # how often something was agreed on and done
         self.signal: str = ""  # the name of the one that came first
         self.beats = 0
         self.heard: dict[int, tuple[str, float]] = {}  # rank → last sign, when it changed
+        self.lock = threading.Lock()  # of rounds and agreed, which two threads change
         self.closing = threading.Event()
         self.halted = 0.0  # seconds that this process was suspended, which is nobody's silence
         self.answered = self._now()  # when the store did so last
@@ -109,8 +105,6 @@ class Watch:
 
     def begin(self, step: int) -> None:
         """The loop begins `step`."""
-        if not self.first_step:
-            self.first_step, self.began = step, time.monotonic()
         self.step = step
 
     def ask(self, what: str) -> None:
@@ -118,26 +112,38 @@ class Watch:
         self.asked.add(what)
 
     def due(self, what: str, step: int) -> bool:
-        """Whether all ranks do it at the end of this `step`.
-
-        Raises:
-            LateForAgreement: the others did it at an earlier one.
-        """
+        """Whether all ranks do it at the end of this `step`."""
         if self.store is None:
             found = what in self.asked
             self.asked.discard(what)
             return found
         if what not in self.agreed:
+            if self._key(what) in self.wanted:
+                self._announce(what, step + 1)
             return False
         at = self.agreed[what]
-        if step > at:
-            raise LateForAgreement(f"rank {self.rank} is at step {step}; {what} was due at {at}")
-        if step == at:
-            self.rounds[what] = self.rounds.get(what, 0) + 1
+        assert step <= at, f"rank {self.rank} is at step {step}; {what} was due at {at}"
+        if step < at:
+            return False
+        with self.lock:
             self.asked.discard(what)
+            self.rounds[what] = self.rounds.get(what, 0) + 1
             del self.agreed[what]
-            return True
-        return False
+        return True
+
+    def _key(self, what: str) -> str:
+        return f"{what}/{self.rounds.get(what, 0)}"
+
+    def _announce(self, what: str, step: int) -> None:
+        """Rank 0: name the step, and return when all ranks have heard of it."""
+        assert self.store is not None
+        key = self._key(what)
+        self.store.set(f"agreed/{key}", str(step))
+        for rank in range(1, self.world_size):
+            while not self.store.check([f"heard/{key}/{rank}"]):
+                time.sleep(0.01)
+        self.wanted.discard(key)
+        self.agreed[what] = step
 
     def wait_for(self, key: str) -> None:
         """Return when another rank has told `key`. A wait may take any time, while all live."""
@@ -217,19 +223,19 @@ class Watch:
     def _agree(self) -> None:
         assert self.store is not None
         for what in ("stop", "save"):
-            key = f"{what}/{self.rounds.get(what, 0)}"
-            if what in self.asked:
+            with self.lock:
+                key, asked = self._key(what), what in self.asked
+            if asked:
                 self.store.set(f"asked/{key}", "1")
-            if self.rank == 0 and what not in self.agreed and self.store.check([f"asked/{key}"]):
-                if not self.store.check([f"agreed/{key}"]):
-                    self.store.set(f"agreed/{key}", str(self.step + self._steps_ahead()))
-            if what not in self.agreed and self.store.check([f"agreed/{key}"]):
-                self.agreed[what] = int(self.store.get(f"agreed/{key}"))
-
-    def _steps_ahead(self) -> int:
-        steps = max(1, self.step - self.first_step)
-        seconds = max(1e-3, (time.monotonic() - self.began) / steps)
-        return 2 + int(_AHEAD / seconds)
+            if self.rank == 0:
+                if self.store.check([f"asked/{key}"]):
+                    self.wanted.add(key)
+            elif what not in self.agreed and self.store.check([f"agreed/{key}"]):
+                step = int(self.store.get(f"agreed/{key}"))
+                with self.lock:
+                    if key == self._key(what):  # and not done meanwhile
+                        self.agreed[what] = step
+                self.store.set(f"heard/{key}/{self.rank}", "1")
 
     def _listen(self) -> None:
         """Rank 0 listens to all others, and they to it."""

@@ -4,7 +4,9 @@ import json
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +140,38 @@ def test_a_save_that_stopped_half_way_is_no_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta | {"step": 2},
+        lambda meta: meta | {"sha256": {}},
+        lambda meta: meta | {"sha256": []},
+        lambda meta: {key: value for key, value in meta.items() if key != "generator"},
+    ],
+    ids=["another step", "no files", "a list of files", "a key less"],
+)
+def test_what_meta_says_is_checked_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[Any], Any]
+) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 3)
+    path = tmp_path / "step-00000003" / "meta.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None and found.step == 1
+    assert "passed over a checkpoint" in caplog.text and "step-00000003" in caplog.text
+
+
+def test_room_for_what_is_still_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=150))
+    with pytest.raises(UserError, match=r"5 checkpoint\(s\) of 0 MB would not fit"):
+        checkpoint.check_room(tmp_path, 100, 3)
+    for step in range(1, 5):
+        save(tmp_path / "checkpoints", step, keep=9)
+    assert checkpoint.check_room(tmp_path, 100, 3) == 150, "four are there, and one is written"
+
+
 def test_start_is_refused_for_another_model_or_data(tmp_path: Path) -> None:
     save(tmp_path, 3)
     same = checkpoint.find_start(tmp_path, "auto", {"generator": ARGUMENTS})
@@ -162,7 +196,7 @@ def test_generator_loads_from_run_checkpoint_and_published_file(tmp_path: Path) 
         assert description == ARGUMENTS and not loaded.training
     (folder / "ema.safetensors").unlink()
     meta = json.loads((folder / "meta.json").read_text())
-    del meta["sha256"]["ema.safetensors"]
+    del meta["sha256"]["ema.safetensors"], meta["checksum"]
     (folder / "meta.json").write_text(json.dumps(meta))
     assert_same(generators.load(run)[0], plain)
 

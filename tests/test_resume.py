@@ -143,12 +143,13 @@ def test_other_validation_pictures_begin_the_choice_of_the_best_anew(
     folder = train.run(load(recipe, "train.epochs=1")).folder
     meta = folder / "best" / "meta.json"
     values = json.loads(meta.read_text())
+    values.pop("checksum")
     meta.write_text(json.dumps({**values, "metrics": {"psnr": 99.0}}))  # pictures as easy as that
     (tmp_path / "coffee.png").write_bytes((photographs / "coffee.png").read_bytes())
     (tmp_path / "val.txt").write_text("chelsea.png\ncoffee.png\n")
     with caplog.at_level("INFO"):
         train.run(load(recipe, "checkpoint.every_steps=9"))
-    assert "the validation pictures are others than before" in caplog.text
+    assert "the validation pictures, or their protocol, are others than before" in caplog.text
     assert os.readlink(folder / "best") == "checkpoints/step-00000036"
     caplog.clear()
     with caplog.at_level("INFO"):
@@ -201,6 +202,26 @@ def test_a_run_can_go_back_and_another_can_go_on(
     assert "branch has its 2 epochs" in caplog.text, "its own checkpoints come first"
     with pytest.raises(UserError, match="nowhere holds no whole checkpoint"):
         train.run(load(recipe, "run.name=x", "run.resume=nowhere"))
+
+
+def test_a_run_that_went_back_goes_on_by_the_same_command(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    often = ("checkpoint.every_steps=4", "checkpoint.keep=2", "train.epochs=1")
+    folder = train.run(load(recipe, *often)).folder
+    back = (*often, f"run.resume={folder}/checkpoints/step-00000016")
+    stop_at(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(load(recipe, *back, "train.epochs=2"))
+    monkeypatch.undo()
+    stop_at(monkeypatch, 13)  # pruned meanwhile
+    with pytest.raises(KeyboardInterrupt):
+        train.run(load(recipe, *back, "train.epochs=2"))
+    monkeypatch.undo()
+    assert not (folder / "checkpoints" / "step-00000016").exists()
+    with caplog.at_level("INFO"):
+        train.run(load(recipe, *back, "train.epochs=2"))
+    assert f"going on from {folder}/checkpoints/step-00000028, step 28 of 36" in caplog.text
 
 
 def test_batch_and_crops_can_change_on_the_way(

@@ -26,7 +26,6 @@ def test_a_store_that_does_not_answer_ends_the_rank(monkeypatch: pytest.MonkeyPa
     said: list[str] = []
     monkeypatch.setattr(watch.Watch, "_end", lambda self, why: said.append(why))
     with watch.Watch(1, 2, Silent(), timeout=0.6) as held:
-        held.threads[1].join(5)
         held.threads.pop(0)  # which waits for ever
         deadline = time.monotonic() + 5
         while not said:
@@ -53,3 +52,55 @@ def test_the_time_of_a_suspended_process_does_not_count(monkeypatch: pytest.Monk
     before = held._now()
     held._wait_a_period()
     assert held._now() - before == pytest.approx(0.25)
+
+
+class Kept:
+    """A store in memory."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> object:
+        self.values[key] = value.encode()
+        return None
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+
+@pytest.mark.parametrize("asking", [0, 1, 2])
+def test_all_ranks_agree_on_a_step_however_long_steps_take(asking: int) -> None:
+    """A first step of a second, then many in the time of a look at the store: saved twice."""
+    ranks, store = 3, Kept()
+    gradients = threading.Barrier(ranks)  # no rank ends a step before all have come so far
+    done: list[list[int]] = [[] for _ in range(ranks)]
+    failures: list[BaseException] = []
+
+    def train(rank: int) -> None:
+        try:
+            with watch.Watch(rank, ranks, store, timeout=20) as held:
+                for step in range(1, 20_000):
+                    held.begin(step)
+                    time.sleep(1.0 if step == 1 else 0.0005 * (rank == 1))
+                    gradients.wait(20)
+                    if rank == asking and step in (40, 700):
+                        held.ask("save")
+                    if held.due("save", step):
+                        done[rank].append(step)
+                    if len(done[rank]) == 2:
+                        break
+        except BaseException as error:
+            failures.append(error)
+            gradients.abort()
+
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert done[0] == done[1] == done[2] and len(done[0]) == 2
+    assert 40 < done[0][0] < 700 < done[0][1]
