@@ -379,13 +379,12 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
 
 @pytest.mark.multiprocess
 def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
-    """Stopped three times, by three signals to one or the other rank: the run of one unbroken."""
-    settings = ("train.epochs=4", "train.warmup_images=72")
+    """Stopped twice, by signals to one and the other rank: the run of one unbroken."""
+    settings = ("train.epochs=3", "train.warmup_images=72")
     train_on_two(recipe, "run.name=unbroken", *settings)
     for number, rank, caught in (
         (signal.SIGUSR1, 1, 5),
         (signal.SIGTERM, 0, 25),
-        (signal.SIGINT, 1, 46),
     ):
         ranks = start_ranks(2, recipe, "run.name=stopped", *settings)
         wait_for_step(ranks[rank], caught)
@@ -393,8 +392,8 @@ def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(recipe: Path, tmp_pat
         said = [process.communicate(timeout=60)[1] for process in ranks]
         assert [process.returncode for process in ranks] == [75, 75], said
         step = saved(tmp_path / "runs/stopped")[1]["step"]
-        assert f"at step {step} of 72; the same command goes on from there" in said[0]
-        assert caught <= step < 72 and "Traceback" not in said[0] + said[1]  # type: ignore
+        assert f"at step {step} of 54; the same command goes on from there" in said[0]
+        assert caught <= step < 54 and "Traceback" not in said[0] + said[1]  # type: ignore
     train_on_two(recipe, "run.name=stopped", *settings)
     assert_same_run(tmp_path / "runs/unbroken", tmp_path / "runs/stopped")
 

@@ -1,4 +1,4 @@
-"""Trains three GAN steps on this rank's rows of fixed batches, for every way of training below.
+"""Trains two GAN steps on this rank's rows of fixed batches, for every way of training below.
 
 Rank 0 saves what came of it: equal_steps.py OUTPUT.pt
 
@@ -17,7 +17,7 @@ single = images.to_float
 images.to_float = lambda batch: single(batch).double()
 torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
 torch.set_default_dtype(torch.float64)
-ROWS, STEPS, RATE = 8, 3, 1e-4
+ROWS, STEPS, RATE = 8, 2, 1e-4
 WITHOUT_BATCHNORM = ("none", {"name": "unet"}, False)
 # (settings of the loss, settings of the optimisers, parts of a batch, networks)
 WAYS = {
