@@ -16,7 +16,7 @@ python tools/make_dataset.py --source sample --output $data/images
 python tools/split_dataset.py --images $data/images --val-fraction 0.2 --seed 18
 python tools/make_shards.py --images $data/images/train.txt --output $data/shards --tile 128
 
-# One process, on a GPU if there is one; with accelerate launch it would be as many as there are.
+# One process, on a GPU if there is one; `accelerate launch` starts several (README).
 python launch/train.py --config configs/quickstart.yaml "$@"
 
 cat <<'TEXT'

@@ -32,14 +32,6 @@ log = logging.getLogger(__name__)
 META = "meta.json"
 TRAINING = "training.pt"
 _CHECKSUM = "checksum"  # in meta.json, of the rest of it; older versions wrote none
-# What settings are called that a checkpoint holds under other names; the rest are of the model.
-_SETTINGS = {
-    ("generator", "scale"): "data.scale",
-    ("generator", "channels"): "data.channels",
-    ("discriminator", "channels"): "data.channels",
-    ("data", "shards"): "data.train",
-    ("data", "seed"): "run.seed",
-}
 _GENERATORS = ("ema.safetensors", "generator.safetensors")
 
 
@@ -283,54 +275,6 @@ def find_newest(folder: Path, names: Container[str] | None = None) -> Checkpoint
     return None
 
 
-def find_start(folder: Path, resume: str, identity: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint that a run goes on from: the newest below `folder`, its own, if there is one.
-
-    `resume`: auto; never, which refuses to; or a checkpoint, or a run's folder: a run without
-    checkpoints of its own goes on from there, and a run goes back to one of its own, once: its
-    checkpoints say what `resume` they came by.
-    `identity`: sections of settings that a run cannot change on its way, as `meta.json` holds them.
-
-    Raises:
-        UserError: there is one where `resume` is never, it is of another model or data, or what
-            `resume` names is none.
-    """
-    found = find_newest(folder)
-    went_there = found is not None and found.meta.get("resume") == resume
-    if resume not in ("auto", "never") and not went_there:
-        named = find_in(Path(resume), names=None)
-        if found is None or named.folder.resolve().parent == folder.resolve():
-            found = named
-    if found is None:
-        return None
-    if resume == "never":
-        raise UserError(
-            f"{folder} holds a run that got to step {found.step}, and run.resume is never. Choose "
-            "another run.name, or delete the folder."
-        )
-    changes = []
-    for section, now in identity.items():
-        before = found.meta.get(section)
-        if before is None or now is None:
-            if before != now:
-                changes.append(f"it has {'no' if before is None else 'a'} {section}")
-            continue
-        for key in now:
-            name = _SETTINGS.get((section, key), f"model.{section}.{key}")
-            if key == "shards" and before.get(key) != now[key]:
-                changes.append(f"{name} names other shards than it was trained on")
-            elif before.get(key) != now[key]:
-                changes.append(f"{name} was {before.get(key)}, is {now[key]}")
-    if changes:
-        fits = found.meta.get("generator") == identity.get("generator")
-        start = f", which may start from its generator: train.start_from={found.folder}" * fits
-        raise UserError(
-            f"{found.folder} cannot be gone on from: {'; '.join(changes)}. Set that back, or "
-            f"choose another run.name for a new run{start}"
-        )
-    return found
-
-
 def verify(folder: Path, names: Container[str] | None = None) -> Checkpoint:
     """Read `meta.json` and compare every file, or those of `names`, with its hash.
 
@@ -342,7 +286,8 @@ def verify(folder: Path, names: Container[str] | None = None) -> Checkpoint:
         hashes = dict(meta["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {META}: {error}") from None
-    if meta.get(_CHECKSUM, _checksum(meta)) != _checksum(meta) or not hashes:
+    found = _checksum(meta)
+    if meta.get(_CHECKSUM, found) != found or not hashes:
         raise UserError(f"{folder} is no whole checkpoint: {META} is not what was saved")
     for name, expected in hashes.items():
         if names is not None and name not in names:

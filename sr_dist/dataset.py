@@ -185,29 +185,20 @@ def split(
     full = [start / path.relative_to(folder) for path in paths]
     names = [Path(os.path.relpath(path, place)).as_posix() for path in full]
     shares = {name: _share(path, seed) for name, path in zip(names, paths, strict=True)}
-    listed = {side: set(_read_list(output / f"{side}.txt")) for side in ("train", "val")}
-    # A share is that of the bytes: pictures with that of a listed one are its copies.
-    of_listed = {side: {shares[n] for n in names if n in listed[side]} for side in listed}
-    earlier = {
-        side: {
-            name
-            for name in names
-            if name in listed[side]
-            or name not in listed[other]
-            and shares[name] in of_listed[side]
-            and (side == "val" or shares[name] not in of_listed[other])
-        }
-        for side, other in (("train", "val"), ("val", "train"))
+    listed = {
+        name: side for side in ("train", "val") for name in _read_list(output / f"{side}.txt")
     }
+    of_bytes = {shares[name]: side for name, side in listed.items() if name in shares}
+    earlier = {name: listed.get(name, of_bytes.get(shares[name])) for name in names}
     validation = {
         name
         for name in names
-        if name in earlier["val"] or (name not in earlier["train"] and shares[name] < val_fraction)
+        if earlier[name] == "val" or (earlier[name] is None and shares[name] < val_fraction)
     }
     # A small folder may hash to one side alone; the nearest picture then crosses over, but never
     # one that an earlier run has listed: it may have been trained on.
     if len(validation) in (0, len(names)):
-        movable = [name for name in names if name not in earlier["train"] | earlier["val"]]
+        movable = [name for name in names if earlier[name] is None]
         if not movable:
             side = "validation" if not validation else "training"
             raise UserError(

@@ -31,6 +31,7 @@ class Pair:
     name: str
     lr: images.Picture
     hr: images.Picture  # exactly `scale` times the size of lr
+    deep: bool = False  # whether HR was stored with 16 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,20 +92,21 @@ def _pair_maker(
     least = 2 * scale + metrics.SSIM_SIDE
     given = _by_place(lr_folder) if lr_folder is not None else {}
 
-    def decoded(source: bytes | Path, name: str | Path) -> images.Picture:
+    def decoded(source: bytes | Path, name: str | Path) -> tuple[images.Picture, bool]:
         try:
-            return images.decode_8_bits(source, channels, bits)
+            stored = images.decode(source, channels)
+            return images.whole_to_8_bits(stored, bits), stored.dtype != np.uint8
         except images.PictureError as error:
             raise images.PictureError(f"{name} {error}") from None
 
     def pair(name: str, source: bytes | Path) -> Pair:
-        hr = decoded(source, name)
+        hr, deep = decoded(source, name)
         size = f"{hr.shape[1]}x{hr.shape[0]}"
         if lr_folder is None:
             hr = images.crop_to_multiple(hr, scale)
         else:
             path = _find_lr(given, lr_folder, name, scale)
-            lr = decoded(path, path)
+            lr, _ = decoded(path, path)
             height, width = scale * lr.shape[0], scale * lr.shape[1]
             over = (hr.shape[0] - height, hr.shape[1] - width)
             if min(over) < 0 or max(over) >= scale:
@@ -120,7 +122,7 @@ def _pair_maker(
             )
         if lr_folder is None:
             lr = images.to_pictures(images.downscale(images.to_batch([hr]), scale))[0]
-        return Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr))
+        return Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr), deep)
 
     return pair
 
@@ -180,21 +182,18 @@ def check(data: str, *, reading: storage.Settings = storage.DEFAULT, **options: 
         pictures += 1
         try:
             found = pair(name, source)
-            deep += images.header(source).deep
         except images.PictureError as error:
             problems.append(str(error))
             continue
+        deep += found.deep
         digest.update(f"{name}\0{found.hr.shape}".encode() + found.lr.tobytes())
         digest.update(found.hr.tobytes())
+    if len(problems) == 1:
+        raise UserError(f"{data}: {problems[0]}; take it out")
     if problems:
-        listed = problems[:_LISTED]
+        many = f"{len(problems)} of {pictures} pictures cannot be measured; take them out"
         more = [f"… and {len(problems) - _LISTED} more"] * (len(problems) > _LISTED)
-        raise UserError(
-            f"{data}: {len(problems)} of {pictures} pictures cannot be measured; take them out:\n  "
-            + "\n  ".join(listed + more)
-            if len(problems) > 1
-            else f"{data}: {problems[0]}; take it out"
-        )
+        raise UserError("\n  ".join([f"{data}: {many}:", *problems[:_LISTED], *more]))
     return Checked(pictures, deep, digest.hexdigest())
 
 

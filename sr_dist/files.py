@@ -15,13 +15,13 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write, in a folder that is made if need be, which appears when the block ends.
 
     It is on the disk before it takes its name. The partial file has a name of its own, so several
-    processes may write the same file.
+    processes may write the same file; it is cut, since file systems bound the length of names.
 
     Raises:
         OSError: with the file's name, also where the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.part")  # names have ends
+    partial = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.part")
     try:
         with partial.open("wb") as file:
             yield file

@@ -247,7 +247,7 @@ def discriminator_step(
             fake = discriminator(fakes)
             terms = {
                 "discriminator": losses.discriminator_adversarial(
-                    real, fake, objective.adversarial, objective.label_smoothing, _mean_of_all
+                    real, fake, objective.adversarial, objective.label_smoothing, ranks.mean_of_all
                 )
             }
             if objective.r1_weight:
@@ -313,18 +313,13 @@ def generator_terms(
                 real = discriminator(hr).detach().float()
         discriminator.requires_grad_(True)
         terms["adversarial"] = objective.adversarial_weight * losses.generator_adversarial(
-            fake.float(), objective.adversarial, real, _mean_of_all
+            fake.float(), objective.adversarial, real, ranks.mean_of_all
         )
     if objective.total_variation_weight:
         terms["total_variation"] = objective.total_variation_weight * losses.total_variation(
             sr, objective.total_variation
         )
     return terms
-
-
-def _mean_of_all(logits: Tensor) -> Tensor:
-    """Over the pictures of all ranks."""
-    return ranks.mean(logits.mean())
 
 
 def _move_spectral_norms(discriminator: nn.Module, move: bool) -> None:

@@ -59,12 +59,12 @@ def bits_of(path: Path) -> int | None:
         UserError: what `load` raises.
     """
     bits: object = None
-    if path.is_dir() or path.suffix == model_files.SUFFIX:
-        holds = path if path.is_dir() else path.parent  # a checkpoint's own file has no header
-        if model_files.is_folder(path) or not (path.is_dir() or (holds / checkpoint.META).exists()):
-            bits = model_files.bits_of(path)
-        else:
-            bits = checkpoint.find_in(holds).meta.get("bits")
+    if path.suffix == model_files.SUFFIX and (path.parent / checkpoint.META).is_file():
+        path = path.parent  # of a checkpoint's own file, which has no header, the checkpoint tells
+    if model_files.is_folder(path) or path.suffix == model_files.SUFFIX:
+        bits = model_files.bits_of(path)
+    elif path.is_dir():
+        bits = checkpoint.find_in(path).meta.get("bits")
     elif path.is_file():
         values = weights.read(path)
         bits = values.get(BITS) if isinstance(values, dict) else None

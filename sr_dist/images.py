@@ -173,7 +173,11 @@ def decode(source: bytes | Path, channels: int | None) -> Picture | DeepPicture:
 
 def decode_8_bits(source: bytes | Path, channels: int, bits: int) -> Picture:
     """`decode`, and `to_8_bits` where it is needed: of whole pictures."""
-    picture = decode(source, channels)
+    return whole_to_8_bits(decode(source, channels), bits)
+
+
+def whole_to_8_bits(picture: Picture | DeepPicture, bits: int) -> Picture:
+    """`to_8_bits` of a whole picture, which warns where it uses few of its bits."""
     if picture.dtype != np.uint8 and int(picture.max()) < 2**bits // 4:
         _warn_of_bits(bits)
     return to_8_bits(picture, bits)

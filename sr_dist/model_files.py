@@ -92,8 +92,8 @@ def bits_of(path: Path) -> object:
     """What a folder or file says of the significant bits of 16-bit gray; None if nothing."""
     if path.is_dir():
         return _parsed((path / CONFIG).read_text(encoding="utf-8"), f"{path}: {CONFIG}").get("bits")
-    _, header = _read_tensors(path, str(path))
-    return int(header["bits"]) if header.get("bits", "").isdecimal() else None
+    bits = _read_header(path, str(path)).get("bits", "")
+    return int(bits) if bits.isdecimal() else None
 
 
 def fitting(described: object, state: Mapping[str, object], where: str) -> dict[str, Any]:
@@ -259,10 +259,17 @@ def download(repository: str, revision: str | None = None) -> Path:
     return Path(folder)
 
 
-def _read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_header(path: Path, where: str) -> dict[str, str]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{where} is no safetensors file, or is damaged: {error}") from None
+
+
+def _read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    header = _read_header(path, where)
+    try:
         return safetensors.torch.load_file(path), header
     except (safetensors.SafetensorError, ValueError) as error:
         raise UserError(f"{where} is no safetensors file, or is damaged: {error}") from None

@@ -35,6 +35,11 @@ def mean(value: Tensor) -> Tensor:
     return total / torch.distributed.get_world_size()
 
 
+def mean_of_all(values: Tensor) -> Tensor:
+    """The mean of all elements on all ranks, which hold equally many."""
+    return mean(values.mean())
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d with the statistics of all ranks' parts of the batch, which are equally large.
 

@@ -77,7 +77,8 @@ class _Inputs:
     reading: storage.Settings
     index: shards.Index
     plan: shards.Plan
-    validation: evaluate.Checked | None  # rank 0's
+    pictures: int  # of validation; known to rank 0
+    measured_on: str  # rank 0: their fingerprint, and the protocol
     identity: dict[str, Any]
     start: checkpoint.Checkpoint | None  # what the run goes on from
     first_weights: dict[str, torch.Tensor] | None  # what a new one starts from
@@ -116,7 +117,7 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
         crops_per_image=data.crops_per_image,
         crop_size=data.crop_size,
     )
-    checked = None
+    pictures, measured_on = 0, ""
     if processes.is_main:
         problems = shard_reader.check_files(index, reading)
         if problems and config.stream.on_error == "stop":
@@ -139,15 +140,14 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
             bits=data.bits,
             reading=reading,
         )
-        checked = dataclasses.replace(
-            checked, fingerprint=f"{config.evaluation.protocol} {checked.fingerprint}"
-        )
+        pictures = checked.pictures
+        measured_on = f"{config.evaluation.protocol} {checked.fingerprint}"
     identity = _identity(config, index, plan)
-    start = checkpoint.find_start(folder / "checkpoints", config.run.resume, identity)
+    start = resuming.find_start(folder / "checkpoints", config.run.resume, identity)
     first_weights = None
     if start is None and config.train.start_from is not None:
         first_weights = generators.load_state(Path(config.train.start_from), identity["generator"])
-    return _Inputs(reading, index, plan, checked, identity, start, first_weights)
+    return _Inputs(reading, index, plan, pictures, measured_on, identity, start, first_weights)
 
 
 def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool) -> Result | None:
@@ -320,9 +320,8 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                     )
                     now = resuming.Position(step, images_seen + batch_size, place)
                     meta = resuming.meta_of(inputs.identity, processes, plan, now, measured)
-                    assert inputs.validation is not None, "rank 0 has looked at the pictures"
-                    meta["validation"] = inputs.validation.fingerprint
                     meta |= {"bits": config.data.bits, "resume": config.run.resume}
+                    meta["validation"] = inputs.measured_on
                     saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
                     saved_at = time.monotonic()
                 if stops:  # before any rank ends: launchers end the others then
@@ -415,8 +414,7 @@ def _say_what_will_be_done(
     total_images: int,
 ) -> None:
     """`checkpoint_and_free`: bytes of a checkpoint, and free on the disk."""
-    index, plan, checked = inputs.index, inputs.plan, inputs.validation
-    assert checked is not None, "rank 0 speaks"
+    index, plan = inputs.index, inputs.plan
     log.info(
         "%s on %s, precision %s; %s parameters in the generator, %s in the discriminator; "
         "checkpoints of about %.0f MB, %.0f GB free",
@@ -438,7 +436,7 @@ def _say_what_will_be_done(
         plan.crops_per_image,
         plan.steps_per_epoch,
         config.train.global_batch_size,
-        checked.pictures,
+        inputs.pictures,
     )
     for setting in _without_effect(config, total_images):
         log.warning("without effect: %s", setting)
@@ -447,7 +445,7 @@ def _say_what_will_be_done(
     if inputs.first_weights is not None:
         log.info("starting from the generator of %s", config.train.start_from)
     start = inputs.start
-    if start and start.meta.get("validation", checked.fingerprint) != checked.fingerprint:
+    if start and start.meta.get("validation", inputs.measured_on) != inputs.measured_on:
         log.info(
             "the validation pictures, or their protocol, are others than before: their PSNR is not "
             "that of earlier epochs, and `best` is chosen among checkpoints from here on"

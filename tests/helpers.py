@@ -9,6 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
 
 
 def run(
@@ -20,7 +21,7 @@ def run(
         given = [sys.executable, str(REPOSITORY / given[0]), *given[1:]]
     elif given[0] == "accelerate":
         # The launcher is told where to find its script, since the tests run elsewhere.
-        given = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *given[1:]]
+        given = [*ACCELERATE, *given[1:]]
     return subprocess.run(
         given,
         cwd=cwd,

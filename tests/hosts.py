@@ -12,11 +12,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.helpers import free_port
+from tests.helpers import ACCELERATE, free_port
 
 _numbers = itertools.count(os.getpid() % 10_000 * 10)
 
@@ -31,7 +30,7 @@ class Hosts:
 
     def launch(self, number: int, *words: str | Path) -> subprocess.Popen[str]:
         """`accelerate launch` on one of the hosts, one process on each."""
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        command = [*ACCELERATE, "launch"]
         command += ["--multi_gpu", "--num_machines", "2", "--num_processes", "2"]
         command += ["--machine_rank", str(number), "--main_process_ip", self.addresses[0]]
         command += ["--main_process_port", str(self.port), "--mixed_precision", "no"]

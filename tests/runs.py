@@ -89,6 +89,12 @@ def launch(processes: Path, script: str | Path, *words: str | Path) -> Done:
     )
 
 
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    """For what tests/workers/slow_steps.py says."""
+    assert process.stdout is not None
+    assert any(line.strip() == f"step {step}" for line in process.stdout), "it ended before"
+
+
 def train_on_two(recipe: Path, *overrides: str) -> Done:
     done = launch(TWO_PROCESSES, "launch/train.py", "--config", recipe, *overrides)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sr_dist import checkpoint, export, generators, models, weights
+from sr_dist import checkpoint, export, generators, models, resuming, weights
 from sr_dist.errors import UserError
 from tests.generators import build
 from tests.runs import full_disk
@@ -174,15 +174,15 @@ def test_room_for_what_is_still_to_come(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_start_is_refused_for_another_model_or_data(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    same = checkpoint.find_start(tmp_path, "auto", {"generator": ARGUMENTS})
+    same = resuming.find_start(tmp_path, "auto", {"generator": ARGUMENTS})
     assert same is not None and same.step == 3
-    assert checkpoint.find_start(tmp_path / "none", "never", {}) is None
+    assert resuming.find_start(tmp_path / "none", "never", {}) is None
     with pytest.raises(UserError, match="model.generator.num_channels was 8, is 16"):
-        checkpoint.find_start(tmp_path, "auto", {"generator": {**ARGUMENTS, "num_channels": 16}})
+        resuming.find_start(tmp_path, "auto", {"generator": {**ARGUMENTS, "num_channels": 16}})
     with pytest.raises(UserError, match="it has no discriminator"):
-        checkpoint.find_start(tmp_path, "auto", {"discriminator": {"head": "gap"}})
+        resuming.find_start(tmp_path, "auto", {"discriminator": {"head": "gap"}})
     with pytest.raises(UserError, match="got to step 3, and run.resume is never"):
-        checkpoint.find_start(tmp_path, "never", {})
+        resuming.find_start(tmp_path, "never", {})
 
 
 def test_generator_loads_from_run_checkpoint_and_published_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import REPOSITORY
 from tests.hosts import Hosts, two_hosts
-from tests.runs import assert_same_run, train_on_two
+from tests.runs import assert_same_run, train_on_two, wait_for_step
 
 pytestmark = pytest.mark.multiprocess
 
@@ -25,11 +25,6 @@ def hosts() -> Iterator[Hosts]:
 def start_both(hosts: Hosts, *words: str | Path) -> list[subprocess.Popen[str]]:
     worker = REPOSITORY / "tests" / "workers" / "slow_steps.py"
     return [hosts.launch(number, worker, *words) for number in range(2)]
-
-
-def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
-    assert process.stdout is not None
-    assert any(line.strip() == f"step {step}" for line in process.stdout), process.stderr.read()
 
 
 def test_a_network_that_fails_loses_nothing(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from sr_dist import (
     train,
 )
 from sr_dist.errors import UserError
-from tests.helpers import REPOSITORY, free_port, succeed
+from tests.helpers import ACCELERATE, REPOSITORY, free_port, succeed
 from tests.runs import (
     ONE_PROCESS,
     TWO_PROCESSES,
@@ -40,6 +40,7 @@ from tests.runs import (
     scalars,
     stop_at,
     train_on_two,
+    wait_for_step,
 )
 from tests.streams import read_batches
 
@@ -372,11 +373,6 @@ def start_ranks(number: int, recipe: Path, *overrides: str) -> list[subprocess.P
     ]
 
 
-def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
-    assert process.stdout is not None
-    assert any(line.strip() == f"step {step}" for line in process.stdout), "it ended before"
-
-
 @pytest.mark.multiprocess
 def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
     """Stopped twice, by signals to one and the other rank: the run of one unbroken."""
@@ -422,8 +418,7 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
     """Under --max_restarts, one rank killed and later the other: the run of one unbroken."""
     settings = ("checkpoint.every_steps=5", "train.warmup_images=72")
     train_on_two(recipe, "run.name=unbroken", *settings)
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(TWO_PROCESSES), "--max_restarts", "2"]
+    command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES), "--max_restarts", "2"]
     command += ["--monitor_interval", "0.5"]
     command += [str(REPOSITORY / "tests" / "workers" / "slow_steps.py"), str(recipe)]
     with subprocess.Popen(
