@@ -17,6 +17,7 @@ from tests.helpers import REPOSITORY
 # A module may import those of lower levels alone.
 LEVELS = [
     {"errors", "watch", "files", "ranks"},
+    {"remote"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},
     {"config", "models", "losses", "metrics", "shards", "degradation", "download"},

@@ -20,7 +20,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from sr_dist import shard_reader, shards, storage, stream
+from sr_dist import remote, shard_reader, shards, storage, stream
 from sr_dist.errors import UserError
 from tests import local_server
 from tests.helpers import free_port
@@ -34,7 +34,7 @@ QUICK = storage.Settings(attempts=4, timeout=0.5)
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
 
 
 def serve(server: Server, folder: Path) -> str:
@@ -139,7 +139,7 @@ def test_a_cache_that_cannot_be_is_no_damage(server: Server, sharded: Path, tmp_
 
 
 def test_a_server_that_trickles_is_left(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_SLOWEST", 2)
+    monkeypatch.setattr(remote, "_SLOWEST", 2)
 
     def trickle(handler: local_server.Handler) -> None:
         handler.start(206, {"Content-Length": 9999, "Content-Range": "bytes 0-9998/9999"})

@@ -27,6 +27,7 @@ from sr_dist import (
     generators,
     images,
     models,
+    remote,
     shard_reader,
     shards,
     storage,
@@ -496,7 +497,7 @@ def test_shards_from_afar_are_read_as_configured(
 ) -> None:
     """Attempts, and the cache that a server without ranges needs; validation shards too."""
     pytest.importorskip("aiohttp", reason="aiohttp is not installed")
-    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
     for path in sharded.iterdir():
         server.serve(f"/s/{path.name}", data(path.read_bytes(), ranges=False))
         server.sizes[f"/s/{path.name}"] = path.stat().st_size
