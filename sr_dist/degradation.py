@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms import functional as transforms
 
 from sr_dist import images
 
@@ -40,6 +39,8 @@ def degrade(
     quality = low + int(random.random() * (high - low + 1))
     batch = images.to_batch([np.ascontiguousarray(hr)])
     if blur > 0:
+        from torchvision.transforms import functional as transforms  # at need: slow to import
+
         side = 2 * math.ceil(3 * blur) + 1
         batch = transforms.gaussian_blur(batch, [side, side], [blur, blur])
     lr = images.to_pictures(images.downscale(batch, scale))[0]

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Picture = npt.NDArray[np.uint8]  # (H, W, C)
 DeepPicture = npt.NDArray[np.uint16]  # (H, W, 1), 16-bit gray as it is stored
+AnyPicture = TypeVar("AnyPicture", Picture, DeepPicture, Picture | DeepPicture)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 CLASSICAL_METHODS = {
@@ -296,7 +297,7 @@ def random_crop(
     return crop
 
 
-def crop_to_multiple(picture: Picture, scale: int) -> Picture:
+def crop_to_multiple(picture: AnyPicture, scale: int) -> AnyPicture:
     """Drop the rows and columns beyond the last multiple of `scale`, bottom and right."""
     height, width, _ = picture.shape
     return picture[: height - height % scale, : width - width % scale]
@@ -332,6 +333,23 @@ def downscale(hr: Tensor, scale: int) -> Tensor:
     height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
     assert (height * scale, width * scale) == hr.shape[-2:], "HR must be a multiple of the scale"
     return F.interpolate(hr, size=(height, width), mode="bicubic", antialias=True)
+
+
+def reduce(picture: Picture | DeepPicture, factor: int) -> Picture | DeepPicture:
+    """(H, W, C) to (H // factor, W // factor, C), antialiased bicubic; 16-bit gray keeps its depth.
+
+    The rows and columns beyond the last multiple are dropped.
+    """
+    if factor == 1:
+        return picture
+    whole = crop_to_multiple(picture, factor)
+    if whole.dtype == np.uint8:
+        return to_pictures(downscale(to_batch([whole]), factor))[0]  # type: ignore[list-item]
+    values = torch.from_numpy(whole.astype(np.float32)).permute(2, 0, 1)[None]
+    size = (values.shape[-2] // factor, values.shape[-1] // factor)
+    smaller = F.interpolate(values, size=size, mode="bicubic", antialias=True)
+    deep = smaller.clamp(0, np.iinfo(np.uint16).max).round()[0].permute(1, 2, 0).numpy()
+    return deep.astype(np.uint16)
 
 
 def enlarge(picture: Picture, scale: int, method: str) -> Picture:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -160,7 +159,7 @@ class _FeatureNetwork:
     layers: dict[str, int]  # name → place in the sequence
     default: str
     divisor: float  # of the maps
-    url: str
+    weights: str  # torchvision's name for them
     megabytes: int
 
 
@@ -182,14 +181,14 @@ _NETWORKS = {
         layers={str(place): place for place in range(19)},
         default="18",
         divisor=1.0,
-        url=torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url,
+        weights="MobileNet_V2_Weights.IMAGENET1K_V1",
         megabytes=14,
     ),
     "vgg19": _FeatureNetwork(
         layers=_vgg19_layers(),
         default="conv5_4",
         divisor=12.75,
-        url=torchvision.models.VGG19_Weights.IMAGENET1K_V1.url,
+        weights="VGG19_Weights.IMAGENET1K_V1",
         megabytes=548,
     ),
 }
@@ -226,6 +225,8 @@ def content_features(network: str, weights: str, layers: Sequence[str] = ()) -> 
     Raises:
         UserError: an unknown layer, the download failed, or the file does not fit.
     """
+    from torchvision import models  # at need: slow to import
+
     kind = _NETWORKS[network]
     unknown = [layer for layer in layers if layer not in kind.layers]
     if unknown:
@@ -235,9 +236,9 @@ def content_features(network: str, weights: str, layers: Sequence[str] = ()) -> 
             f"{names[-1]}"
         )
     if network == "mobilenet_v2":
-        sequence = torchvision.models.mobilenet_v2(weights=None).features
+        sequence = models.mobilenet_v2(weights=None).features
     else:
-        sequence = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"])
+        sequence = models.vgg.make_layers(models.vgg.cfgs["E"])
     if weights == "none":
         log.warning("the content loss compares features of RANDOM weights: for tests only")
     else:
@@ -254,16 +255,19 @@ def _content_weights(
 ) -> tuple[dict[str, Tensor], str]:
     """A state dict of torchvision's network, and where it came from."""
     if weights == "auto":
-        cache = Path(torch.hub.get_dir()) / "checkpoints" / kind.url.rpartition("/")[2]
+        from torchvision import models
+
+        url = models.get_weight(kind.weights).url
+        cache = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         try:
-            state = torch.hub.load_state_dict_from_url(kind.url, progress=False, weights_only=True)
+            state = torch.hub.load_state_dict_from_url(url, progress=False, weights_only=True)
         except Exception as error:  # urllib, sockets, TLS and file systems each raise their own
             raise UserError(
-                f"the content loss needs the weights of {network}, and downloading {kind.url} "
+                f"the content loss needs the weights of {network}, and downloading {url} "
                 f"({kind.megabytes} MB) to {cache} failed: {error}. Put the file there, name one "
                 "with loss.content.weights=FILE, or leave the loss out with loss.content.weight=0."
             ) from None
-        return state, kind.url
+        return state, url
     path = Path(weights)
     if not path.is_file():
         raise UserError(

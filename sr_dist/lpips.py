@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from sr_dist import images, losses, weights
@@ -33,7 +32,9 @@ class _Lpips(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = torchvision.models.squeezenet1_1(weights=None).features
+        from torchvision import models  # at need: slow to import
+
+        self.features = models.squeezenet1_1(weights=None).features
         self.heads = nn.ParameterList(torch.zeros(channels) for channels in _CHANNELS)
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))

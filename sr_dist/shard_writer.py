@@ -49,6 +49,7 @@ class Options:
     """What decides the bytes of the shards, beside the pictures themselves."""
 
     tile: int = 256  # least side of a tile, pixels; 0 keeps pictures whole
+    reductions: tuple[int, ...] = (1,)  # each picture is written at 1/r of its size, for each r
     encode: str = "webp"  # one of ENCODINGS; keep stores the original bytes, and needs tile=0
     samples_per_shard: int = 1000  # a shard is closed by the picture that reaches it, or 512 MiB
     channels: int = 3
@@ -74,22 +75,28 @@ class _Source:
     width: int = 0
     reject: str = ""  # the reason, where it cannot be used
 
-    def tiles(self, options: Options) -> list[tuple[int, int, int, int]]:
-        """(top, left, height, width) of each tile: every pixel once, no side below options.tile.
+    def tiles(self, options: Options) -> Iterator[tuple[int, list[tuple[int, int, int, int]]]]:
+        """For each reduction (top, left, height, width) of every tile of the reduced picture.
 
-        A picture smaller than that is one tile.
+        Every pixel lies in one tile, and no side is below options.tile; a picture smaller than that
+        is one tile. A reduced picture below options.min_size has none.
         """
-        if not options.tile:
-            return [(0, 0, self.height, self.width)]
-        return [
-            (top, left, bottom - top, right - left)
-            for top, bottom in _cuts(self.height, options.tile)
-            for left, right in _cuts(self.width, options.tile)
-        ]
+        for reduction in options.reductions:
+            height, width = self.height // reduction, self.width // reduction
+            if reduction > 1 and min(height, width) < options.min_size:
+                continue
+            yield (
+                reduction,
+                [
+                    (top, left, bottom - top, right - left)
+                    for top, bottom in _cuts(height, options.tile)
+                    for left, right in _cuts(width, options.tile)
+                ],
+            )
 
 
 def _cuts(length: int, tile: int) -> list[tuple[int, int]]:
-    parts = max(1, length // tile)
+    parts = max(1, length // tile) if tile else 1
     edges = [length * part // parts for part in range(parts + 1)]
     return list(zip(edges, edges[1:], strict=False))
 
@@ -112,7 +119,9 @@ def write(
     Raises:
         UserError: `output` holds something else, no picture can be used, or `strict` met a reject.
     """
-    assert options.encode != "keep" or not options.tile, "the original bytes are whole pictures"
+    assert options.encode != "keep" or (not options.tile and options.reductions == (1,)), (
+        "the original bytes are whole pictures"
+    )
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; expected a folder, or nothing, there")
     if any(path.parent.resolve() == output.resolve() for path, _ in pictures):
@@ -122,6 +131,7 @@ def write(
     sources = list(progress(read, "reading", len(pictures)))
     _stop_on_reject(sources, strict)
     recorded = {**dataclasses.asdict(options), "inputs": _fingerprint(sources)}
+    recorded["reductions"] = list(options.reductions)  # as JSON reads it back
     jobs = _jobs([source for source in sources if not source.reject], output, options)
     made = [place for place in (output, *output.parents) if not place.exists()]
     done = _open_output(output, recorded, _fingerprint([s for job in jobs for s in job.sources]))
@@ -335,7 +345,7 @@ def _jobs(sources: list[_Source], output: Path, options: Options) -> list[_Job]:
     for place, number in enumerate(order.tolist()):
         source = sources[number]
         held.append(source)
-        samples += len(source.tiles(options))
+        samples += sum(len(tiles) for _, tiles in source.tiles(options))
         pixels = source.height * source.width * options.channels
         size += source.bytes if options.encode == "keep" else pixels
         full = samples >= options.samples_per_shard or size >= _SHARD_BYTES
@@ -405,21 +415,24 @@ def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, byte
         raise images.PictureError(f"cannot be read: {error.strerror}") from None
     picture = images.decode(data, options.channels)
     digest = hashlib.sha256(data).hexdigest()
-    for top, left, height, width in source.tiles(options):
-        if options.encode == "keep":
-            with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
-                ending, encoded = _KEPT_ENDINGS[str(image.format)], data
-        else:
-            tile = picture[top : top + height, left : left + width].copy()
-            # 16-bit gray keeps its depth, which PNG alone holds.
-            kind = options.encode if tile.dtype == np.uint8 else "png"
-            encoded = images.encode(tile, kind)
-            ending = _MEMBER_ENDINGS[kind]
-        about = {
-            "source": source.name,
-            "sha256": digest,
-            "tile": [top, left, height, width],
-            "crc32": zlib.crc32(encoded),  # of the picture beside it
-        }
-        members = {ending: encoded, "json": json.dumps(about).encode()}
-        yield members, min(height, width)
+    for reduction, tiles in source.tiles(options):
+        reduced = images.reduce(picture, reduction)
+        for top, left, height, width in tiles:
+            if options.encode == "keep":
+                with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
+                    ending, encoded = _KEPT_ENDINGS[str(image.format)], data
+            else:
+                tile = reduced[top : top + height, left : left + width].copy()
+                # 16-bit gray keeps its depth, which PNG alone holds.
+                kind = options.encode if tile.dtype == np.uint8 else "png"
+                encoded = images.encode(tile, kind)
+                ending = _MEMBER_ENDINGS[kind]
+            about = {
+                "source": source.name,
+                "sha256": digest,
+                "reduction": reduction,
+                "tile": [top, left, height, width],
+                "crc32": zlib.crc32(encoded),  # of the picture beside it
+            }
+            members = {ending: encoded, "json": json.dumps(about).encode()}
+            yield members, min(height, width)

@@ -64,6 +64,44 @@ def test_tiles_make_up_the_picture(photographs: Path, tmp_path: Path) -> None:
         assert np.array_equal(painted[name], picture)
 
 
+def test_reduced_copies_are_whole_too(photographs: Path, tmp_path: Path) -> None:
+    """chelsea is 451x300: a third of it is too small, and leaves two copies."""
+    write(photographs, tmp_path / "out", tile=96, reductions=(1, 2, 3), min_size=128)
+    found = [sample for sample in samples(tmp_path / "out")]
+    painted = {}
+    for path in photographs.iterdir():
+        whole = Image.open(path).convert("RGB")
+        for reduction in (1, 2, 3):
+            size = (whole.width // reduction, whole.height // reduction)
+            if min(size) < 128:
+                continue
+            box = (0, 0, size[0] * reduction, size[1] * reduction)
+            smaller = whole.crop(box).resize(size, Image.Resampling.BICUBIC)
+            painted[path.name, reduction] = np.asarray(smaller).astype(int)
+    assert ("chelsea.png", 2) in painted and ("chelsea.png", 3) not in painted
+    for sample in found:
+        about = sample.about
+        top, left, height, width = about["tile"]
+        copy = painted[about["source"], about["reduction"]]
+        copy[top : top + height, left : left + width] -= images.decode(sample.picture, 3)
+    for name, difference in painted.items():
+        assert np.abs(difference).max() <= 1, f"{name}: every pixel once, as Pillow has it"
+
+
+def test_reduced_deep_pictures_keep_their_depth(tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 15
+    values = ramp.repeat(3, 0).repeat(3, 1)
+    Image.fromarray(values).save(source / "scan.png")
+    write(source, tmp_path / "out", tile=0, reductions=(3,), channels=1, min_size=32)
+    (sample,) = samples(tmp_path / "out")
+    found = images.decode(sample.picture, 1)
+    assert found.dtype == np.uint16 and found.shape == (64, 64, 1)
+    inside = (slice(2, -2), slice(2, -2), 0)
+    assert np.abs(found[inside].astype(int) - ramp[2:-2, 2:-2].astype(int)).max() <= 2
+
+
 def test_index_says_what_is_there(photographs: Path, tmp_path: Path) -> None:
     result = write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
     index = shards.read_index(str(tmp_path / "out"))

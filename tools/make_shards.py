@@ -67,6 +67,15 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         help="cut pictures into tiles of at least N pixels a side (default 256); 0: whole pictures",
     )
     parser.add_argument(
+        "--reduce",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="write each picture at 1/N of its size, for each N given: 1 2 adds copies of half the "
+        "size, which are sharper and show more of a picture in a crop (default 1)",
+    )
+    parser.add_argument(
         "--encode",
         choices=("webp", "png", "jpeg", "keep"),
         default="webp",
@@ -123,11 +132,16 @@ def write(arguments: argparse.Namespace) -> None:
 
     if arguments.encode == "keep" and arguments.tile:
         raise UserError("--encode keep stores whole pictures; leave --tile out")
+    if arguments.encode == "keep" and arguments.reduce != [1]:
+        raise UserError("--encode keep stores pictures as they are; leave --reduce out")
+    if len(set(arguments.reduce)) < len(arguments.reduce):
+        raise UserError(f"--reduce: each number once, found {arguments.reduce}")
     tile = arguments.tile if arguments.tile is not None else 256
     for name, value, least in (
         ("--tile", tile, 0),
         ("--samples-per-shard", arguments.samples_per_shard, 1),
         ("--min-size", arguments.min_size, 1),
+        ("--reduce", min(arguments.reduce), 1),
         ("--workers", arguments.workers, 1),
         ("--seed", arguments.seed, 0),
     ):
@@ -135,6 +149,7 @@ def write(arguments: argparse.Namespace) -> None:
             raise UserError(f"{name}: expected {least} or more, found {value}")
     options = shard_writer.Options(
         tile=0 if arguments.encode == "keep" else tile,
+        reductions=tuple(sorted(arguments.reduce)),
         encode=arguments.encode,
         samples_per_shard=arguments.samples_per_shard,
         channels=arguments.channels,

@@ -1,0 +1,134 @@
+"""The loader: crops/s out of 1024x1024 photographs, against the original scripts' loader."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import measuring, memory, original, step
+from sr_dist import gan, images, shard_writer, shards, stream
+from sr_dist.distributed import joined
+
+SIDE = 1024  # of the photographs
+_KINDS = {"png": "png", "jpeg": "jpg"}  # of the sources, and their files' ending
+_PER_DECODE = (4, 1)
+_TURN = {"ours": 100, "reference": 4}  # batches
+_AHEAD = 6  # batches that a worker may have ready when its turn comes; they are not timed
+_TRAINED = 40  # steps in which waiting for data is measured
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    cases = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for kind, ending in _KINDS.items():
+            paths = _write_photographs(folder / kind, arguments.photographs, kind, ending)
+            listed = [(path, path.name) for path in paths]
+            target = folder / f"{kind}_shards"
+            options = shard_writer.Options(tile=256)
+            with shard_writer.local_workers(2) as executor:
+                shard_writer.write(listed, target, options, executor=executor)
+            index = shards.read_index(str(target))
+            reference = _endless(lambda paths=paths: _original(paths, arguments))
+            for per_decode in _PER_DECODE:
+                ours = _endless(lambda index=index, n=per_decode: _ours(index, n, arguments))
+                timings = _take_turns({"ours": ours, "reference": reference}, arguments)
+                cases[f"{kind}, {per_decode} crop(s) a decode"] = timings
+            share = _waiting(index, arguments)
+    return {
+        **measuring.summary("data", cases, "crops/s", more_is_better=True),
+        "wait_share_of_a_training_step": round(share, 4),
+        "config": {
+            "photographs": len(paths),
+            "side": SIDE,
+            "tile": 256,
+            "batch_size": arguments.batch_size,
+            "crop_size": arguments.crop_size,
+            "scale": arguments.scale,
+            "num_workers": 1,
+        },
+        **measuring.about(torch.device("cpu")),
+    }
+
+
+def _write_photographs(folder: Path, given: Path | None, kind: str, ending: str) -> list[Path]:
+    folder.mkdir()
+    paths = []
+    for number, picture in enumerate(measuring.photographs(given, SIDE)):
+        paths.append(folder / f"{number:04d}.{ending}")
+        paths[-1].write_bytes(images.encode(picture, kind))
+    return paths
+
+
+def _ours(
+    index: shards.Index, crops_per_image: int, arguments: argparse.Namespace
+) -> Iterator[object]:
+    source = memory.crops(
+        index,
+        batch_size=arguments.batch_size,
+        crop_size=arguments.crop_size,
+        scale=arguments.scale,
+        crops_per_image=crops_per_image,
+        steps=10**9,
+    )
+    return stream.batches(source, num_workers=1, pin_memory=False)
+
+
+def _original(paths: list[Path], arguments: argparse.Namespace) -> Iterator[object]:
+    return iter(
+        original.loader(
+            paths,
+            crop_size=arguments.crop_size,
+            scale=arguments.scale,
+            batch_size=arguments.batch_size,
+            length=arguments.batch_size * 10**6,
+            num_workers=1,
+        )
+    )
+
+
+def _endless(make: Callable[[], Iterator[object]]) -> Iterator[object]:
+    """What an iterator gives, begun at the first use."""
+    yield from make()
+
+
+def _take_turns(
+    loaders: dict[str, Iterator[object]], arguments: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    """Crops/s of each: what a worker made ready while the other had its turn is taken off first."""
+    found: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(arguments.repetitions):
+        for name, loader in loaders.items():
+            for _ in itertools.islice(loader, _AHEAD):
+                pass
+            began = time.perf_counter()
+            for _ in itertools.islice(loader, _TURN[name]):
+                pass
+            seconds = time.perf_counter() - began
+            found[name].append(_TURN[name] * arguments.batch_size / seconds)
+    return found["ours"], found["reference"]
+
+
+def _waiting(index: shards.Index, arguments: argparse.Namespace) -> float:
+    """The share of training steps in which the next batch was waited for, with one worker."""
+    with joined("no", seed=0) as processes:
+        objective = gan.build_objective(**step.LOSSES, device=processes.device)
+        networks = step.build_networks(processes, arguments.scale)
+        run = step.our_step(processes, networks, objective)
+        batches = _ours(index, 4, arguments)
+        waited = 0.0
+        for number in range(2 + _TRAINED):
+            if number == 2:
+                began, waited = time.perf_counter(), 0.0
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            assert isinstance(batch, stream.Batch)
+            run(batch.lr, batch.hr)
+        return waited / (time.perf_counter() - began)

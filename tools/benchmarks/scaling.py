@@ -1,0 +1,126 @@
+"""Two processes on this machine against one, each with one thread: pictures/s of training steps.
+
+Both are measured in the same two processes, in turns: in one turn rank 0 works alone and the other
+sleeps, in the next both work on a batch of their own and reduce their gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import measuring, step
+from sr_dist import gan
+from sr_dist.distributed import Processes, joined
+from sr_dist.errors import UserError
+
+HEADS = ("linear", "gap")
+_STEPS = 2  # of a turn
+_WARM_UP = 1
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """Starts the two processes, of this same command."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        raise UserError(
+            f"scaling compares two GPUs with one, and {torch.cuda.device_count()} is here; on the "
+            "CPU: CUDA_VISIBLE_DEVICES= python tools/benchmark.py scaling"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        options = {
+            "--batch-size": arguments.batch_size,
+            "--crop-size": arguments.crop_size,
+            "--scale": arguments.scale,
+            "--repetitions": arguments.repetitions,
+            "--mixed-precision": arguments.mixed_precision,
+        }
+        script = Path(__file__).resolve().parents[1] / "benchmark.py"
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                *("--standalone", "--nproc_per_node", "2"),
+                *(script, "scaling", "--worker", result),
+                *(str(word) for option in options.items() for word in option),
+            ],
+            check=True,
+            # torchrun gives each process one thread, and says so.
+            stderr=None if arguments.verbose else subprocess.DEVNULL,
+        )
+        found: dict[str, object] = json.loads(result.read_text())
+        return found
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """One of the two processes; rank 0 writes what was found."""
+    torch.set_num_threads(1)
+    with joined(arguments.mixed_precision, seed=0) as processes:
+        cases = {head: _measure(processes, arguments, head) for head in HEADS}
+        if not processes.is_main:
+            return
+        result = {
+            **measuring.summary("scaling", cases, "images/s", more_is_better=True),
+            "world_size": processes.world_size,
+            "config": {
+                "batch_size_per_process": arguments.batch_size,
+                "crop_size": arguments.crop_size,
+                "scale": arguments.scale,
+                "mixed_precision": processes.mixed_precision,
+            },
+            **measuring.about(processes.device),
+        }
+        arguments.worker.write_text(json.dumps(result))
+
+
+class _Alone(Processes):
+    """One of several processes that trains without the others."""
+
+    def wrap(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        # What accelerate calls evaluation leaves DistributedDataParallel out, and nothing else.
+        wrapped = self.accelerator.prepare_model(module, evaluation_mode=True)
+        return wrapped, self.accelerator.prepare_optimizer(optimizer)
+
+
+def _measure(
+    processes: Processes, arguments: argparse.Namespace, head: str
+) -> tuple[list[float], list[float]]:
+    """Pictures/s of both together, and of rank 0 alone, in turns."""
+    lr, hr = step.random_batch(arguments.batch_size, arguments.crop_size, arguments.scale)
+    objective = gan.build_objective(**step.LOSSES, device=processes.device)
+    together = step.our_step(
+        processes, step.build_networks(processes, arguments.scale, head), objective
+    )
+    alone = None
+    if processes.is_main:
+        fields = {f.name: getattr(processes, f.name) for f in dataclasses.fields(processes)}
+        single = _Alone(**{**fields, "world_size": 1})
+        alone = step.our_step(single, step.build_networks(single, arguments.scale, head), objective)
+    synchronize = measuring.synchronizer(processes.device)
+    found: tuple[list[float], list[float]] = ([], [])
+    for turn in range(_WARM_UP + arguments.repetitions):
+        for both, rates in zip((True, False), found, strict=True):
+            processes.wait_for_main(f"{head} {turn} {both}")
+            run = together if both else alone
+            if run is None:
+                continue
+            synchronize()
+            began = time.perf_counter()
+            for _ in range(_STEPS):
+                run(lr, hr)
+            synchronize()
+            seconds = time.perf_counter() - began
+            if turn >= _WARM_UP:
+                images = arguments.batch_size * _STEPS * (processes.world_size if both else 1)
+                rates.append(images / seconds)
+    return found

@@ -1,0 +1,153 @@
+"""A training step of Swift-SRGAN with all four losses, against the original scripts' loop."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import measuring, original
+from sr_dist import config, gan
+from sr_dist.distributed import Processes, joined
+
+ADAMW = dataclasses.asdict(config.AdamW())
+LOSSES = dataclasses.asdict(
+    config.Loss(
+        content=config.Content(weights="none", normalize=False),
+        total_variation=config.TotalVariation(kind="l2"),
+    )
+)
+_MATRIX = 1536  # side of the matrices whose product shows what the machine can do
+
+
+def build_networks(processes: Processes, scale: int, head: str = "linear") -> gan.Networks:
+    return gan.build_networks(
+        processes,
+        generator={"name": "swift_srgan", "scale": scale, "channels": 3},
+        discriminator={"name": "swift_srgan", "channels": 3, "head": head},
+        optimizer={"generator": ADAMW, "discriminator": ADAMW},
+        half_life=0,
+    )
+
+
+def our_step(
+    processes: Processes, networks: gan.Networks, objective: gan.Objective
+) -> Callable[[Tensor, Tensor], gan.Scalars]:
+    """One `gan.training_step` on uint8 batches."""
+
+    def run(lr: Tensor, hr: Tensor) -> gan.Scalars:
+        return gan.training_step(
+            processes, networks, objective, lr, hr, images_seen=0, images=len(lr)
+        )
+
+    return run
+
+
+def random_batch(batch_size: int, crop_size: int, scale: int) -> tuple[Tensor, Tensor]:
+    """Noise as (LR, HR) in uint8, channels last as the stream makes them."""
+    random = torch.Generator().manual_seed(0)
+
+    def pixels(side: int) -> Tensor:
+        shape = (batch_size, side, side, 3)
+        return torch.randint(256, shape, dtype=torch.uint8, generator=random).permute(0, 3, 1, 2)
+
+    return pixels(crop_size // scale), pixels(crop_size)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    with joined(arguments.mixed_precision, seed=0) as processes:
+        return _measure(processes, arguments)
+
+
+def _measure(processes: Processes, arguments: argparse.Namespace) -> dict[str, object]:
+    batch_size, scale, device = arguments.batch_size, arguments.scale, processes.device
+    lr, hr = random_batch(batch_size, arguments.crop_size, scale)
+    objective = gan.build_objective(**LOSSES, device=device)
+    ours = our_step(processes, build_networks(processes, scale), objective)
+    reference = original.step(original.Networks(device, scale), device)
+    timings = measuring.take_turns(
+        {"ours": lambda: ours(lr, hr), "reference": lambda: reference(lr, hr)},
+        arguments.repetitions,
+        measuring.synchronizer(device),
+    )
+    rates = {name: measuring.rates(its, batch_size) for name, its in timings.items()}
+    cases = {"step": (rates["ours"], rates["reference"])}
+    result = measuring.summary("step", cases, "images/s", more_is_better=True)
+    with FlopCounterMode(display=False) as counter:
+        ours(lr, hr)
+    if arguments.profile:
+        print_profile(lambda: ours(lr, hr), device)
+    per_image = counter.get_total_flops() / batch_size
+    achieved, possible = per_image * float(str(result["ours"])), matmul_flops(device)
+    return {
+        **result,
+        "gflop_per_image": round(per_image / 1e9, 3),
+        "gflop_per_s": {
+            "achieved": round(achieved / 1e9, 1),
+            "matmul": round(possible / 1e9, 1),
+            "share": round(achieved / possible, 3),
+        },
+        "world_size": processes.world_size,
+        "config": {
+            "batch_size": batch_size,
+            "crop_size": arguments.crop_size,
+            "scale": scale,
+            "mixed_precision": processes.mixed_precision,
+            "losses": LOSSES,
+        },
+        **measuring.about(device),
+    }
+
+
+def matmul_flops(device: torch.device) -> float:
+    """FLOP/s of a product of two fp32 matrices, the best of several."""
+    a, b = (torch.rand(_MATRIX, _MATRIX, device=device) for _ in range(2))
+    synchronize = measuring.synchronizer(device)
+    seconds = []
+    for _ in range(8):
+        synchronize()
+        began = time.perf_counter()
+        torch.mm(a, b)
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return float(2 * _MATRIX**3 / min(seconds))
+
+
+def print_profile(run: Callable[[], object], device: torch.device, turns: int = 5) -> None:
+    """Where the time of `run` goes, by operation and its side; to standard error."""
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        for _ in range(turns):
+            run()
+    spent: collections.Counter[str] = collections.Counter()
+    for event in profile.key_averages(group_by_input_shape=True):
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[_kind(event.key, event.input_shapes)] += own
+    total = sum(spent.values())
+    print("| operation | share of a step |\n|---|---|", file=sys.stderr)
+    for name, microseconds in spent.most_common(12):
+        print(f"| {name} | {microseconds / total:.1%} |", file=sys.stderr)
+    others = sum(value for _, value in spent.most_common()[12:])
+    print(f"| all others | {others / total:.1%} |", file=sys.stderr)
+
+
+def _kind(name: str, shapes: list[list[int]]) -> str:
+    """An operation as a person would call it; convolutions by their kernel and kind."""
+    if "convolution" not in name:
+        return name.removeprefix("aten::")
+    weight = next((s for s in shapes[1:3] if len(s) == 4 and s[2] == s[3] and s[2] <= 11), None)
+    weight = weight or next((s for s in shapes if len(s) == 4 and s[2] == s[3] <= 11), None)
+    side = "backward" if "backward" in name else "forward"
+    if weight is None:
+        return f"convolution, {side}"
+    depthwise = weight[1] == 1 and weight[2] > 1
+    return f"{'depthwise ' * depthwise}convolution {weight[2]}x{weight[3]}, {side}"
