@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from sr_dist import machine
 from sr_dist.errors import LostRank, UserError, said_once_a_node
 from sr_dist.watch import Watch
 
@@ -225,7 +226,9 @@ def joined(mixed_precision: str | None, seed: int, timeout: float = 600.0) -> It
     told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu and launched_world_size() > 1 and not told_cpu and accelerator.is_main_process:
         log.warning("no GPU can be used here: all processes compute on the CPU")
-    if not on_cpu:
+    if on_cpu:
+        machine.keep_freed_memory()
+    else:
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

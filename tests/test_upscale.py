@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_tiles_see_as_far_as_the_generator_reaches(
 ) -> None:
     """A pixel at the edge of its reach changes the result, one beyond does not."""
     network = build(describe(name, scale=scale, num_channels=8, num_blocks=2), seed=1).double()
-    reach = models.reach(network)
+    reach = sum(models.reach(network))
     lr = torch.rand(1, 3, 1, 2 * reach + 8, dtype=torch.double).requires_grad_(True)
     middle = reach + 4  # its leftmost and rightmost pixels reach furthest
     sr = network(lr)[..., scale * middle : scale * (middle + 1)]
@@ -51,13 +52,60 @@ def test_tiles_see_as_far_as_the_generator_reaches(
 
 
 def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, seen = generator(), []
-    network.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    picture = np.zeros((100, 150, 3), np.uint8)
+    """256 x 384 in 2 x 3 tiles of at most 128 for features, each in 4 x 4 of at most 32."""
+    network, seen = generator(), {"extract": [], "enlarge": []}
+    for step, shapes in seen.items():
+        real = getattr(network, step)
+        monkeypatch.setattr(
+            network, step, lambda x, *lr, f=real, s=shapes: s.append(x.shape) or f(x, *lr)
+        )
+    picture = np.zeros((256, 384, 3), np.uint8)
     upscale.upscale(network, picture, scale=4, tile=32)
-    side = 32 + 2 * models.reach(network)
-    assert len(seen) == 4 * 5
-    assert max(max(shape[2:]) for shape in seen) == side
+    far, near = models.reach(network)
+    for step, count, side, reach in (
+        ("extract", 2 * 3, 128, far + near),
+        ("enlarge", 2 * 3 * 4 * 4, 32, near),
+    ):
+        shapes = seen[step]
+        assert len(shapes) == count
+        assert max(max(shape[2:]) for shape in shapes) == side + 2 * reach
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bf16_is_near(channels: int, picture: images.Picture) -> None:
+    network, lr = generator(channels), picture[..., :channels]
+    network.final_conv.pointwise.weight.data *= 20  # type: ignore[union-attr]
+    exact = upscale.upscale(network, lr, scale=4, tile=32)
+    near = upscale.upscale(network, lr, scale=4, tile=32, engine="bf16")
+    difference = np.abs(exact.astype(int) - near.astype(int))
+    assert 0 < difference.mean() < 1
+
+
+def test_the_fastest_engine_is_near(
+    monkeypatch: pytest.MonkeyPatch, picture: images.Picture
+) -> None:
+    real, offsets = upscale.upscale, {"fp32": 0.0, "bf16": 0.0}
+
+    def fake(*arguments: object, engine: str, **options: object) -> images.Picture:
+        time.sleep({"fp32": 0.05, "bf16": 0.01}[engine])
+        result = real(*arguments, **options)  # type: ignore[arg-type]
+        return (result + offsets[engine]).clip(0, 255).astype(np.uint8)
+
+    monkeypatch.setattr(upscale, "upscale", fake)
+    offsets["bf16"] = 1  # 48 dB
+    chosen, why = upscale.fastest(generator(), picture, scale=4)
+    assert chosen == "bf16" and "48.1 dB" in why
+    offsets["bf16"] = 2  # 42 dB
+    chosen, why = upscale.fastest(generator(), picture, scale=4)
+    assert chosen == "fp32" and "42.1 dB" in why
+
+
+def test_a_prepared_generator_is_the_same_function(picture: images.Picture) -> None:
+    network = build(describe(num_blocks=3, scale=4), seed=1)
+    prepared = upscale.prepare(network, torch.device("cpu"))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in prepared.modules())
+    expected, found = (upscale.upscale(n, picture, scale=4, tile=64) for n in (network, prepared))
+    assert expected.std() > 10 and np.abs(expected.astype(int) - found.astype(int)).max() <= 1
 
 
 def test_gray_stays_gray_and_alpha_stays(picture: images.Picture, tmp_path: Path) -> None:

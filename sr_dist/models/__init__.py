@@ -24,8 +24,8 @@ def build_generator(
 ) -> nn.Module:
     """A generator (N, channels, H, W) → (N, channels, scale·H, scale·W), both nominally in [0, 1].
 
-    `name`: a key of `GENERATORS`. Every generator has `reach`: the LR pixels on each side that one
-    output pixel depends on.
+    `name`: a key of `GENERATORS`. Every generator is two steps, `enlarge(extract(lr), lr)`:
+    features (N, num_channels, H, W), then SR; see `reach`.
     """
     return GENERATORS[name](
         scale=scale,
@@ -73,9 +73,12 @@ def infer_generator(state: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def reach(generator: nn.Module) -> int:
-    """See `build_generator`."""
-    return cast(int, generator.reach)
+def reach(generator: nn.Module) -> tuple[int, int]:
+    """LR pixels on each side that a feature depends on, and that an output pixel does on features.
+
+    An output pixel depends on no LR pixel further away than their sum.
+    """
+    return cast(int, generator.reach_of_extract), cast(int, generator.reach_of_enlarge)
 
 
 def count_parameters(module: nn.Module) -> int:

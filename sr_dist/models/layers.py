@@ -19,14 +19,18 @@ def doublings(scale: int) -> int:
     return number
 
 
-def reach(scale: int, num_blocks: int) -> int:
-    """LR pixels on each side that an output pixel depends on.
+def reach_of_extract(num_blocks: int) -> int:
+    """LR pixels on each side that a feature depends on: 9x9, two 3x3 a residual block, 3x3."""
+    return 4 + 2 * num_blocks + 1
 
-    9x9, two 3x3 a residual block, 3x3, then a 3x3 before each doubling and the last 9x9, at the
-    resolutions they work at.
+
+def reach_of_enlarge(scale: int) -> int:
+    """LR pixels on each side, of features and picture, that an output pixel depends on.
+
+    A 3x3 before each doubling and the last 9x9, at the resolutions they work at; the bicubic skip
+    reaches less far.
     """
-    enlarged = sum(1 / 2**n for n in range(doublings(scale))) + 4 / scale
-    return int(math.ceil(4 + 2 * num_blocks + 1 + enlarged))
+    return int(math.ceil(sum(1 / 2**n for n in range(doublings(scale))) + 4 / scale))
 
 
 def start_at_zero(last: nn.Conv2d) -> None:

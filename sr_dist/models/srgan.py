@@ -64,11 +64,19 @@ class Generator(nn.Module):
         self.final = nn.Conv2d(width, channels, 9, padding=4)
         if global_skip == "bicubic":
             layers.start_at_zero(self.final)
-        self.reach = layers.reach(scale, num_blocks)
+        self.reach_of_extract = layers.reach_of_extract(num_blocks)
+        self.reach_of_enlarge = layers.reach_of_enlarge(scale)
 
     def forward(self, lr: Tensor) -> Tensor:
-        features = self.initial(lr)
-        detail = self.final(self.upsampler(self.middle(self.residual(features)) + features))
+        return self.enlarge(self.extract(lr), lr)
+
+    def extract(self, lr: Tensor) -> Tensor:
+        features: Tensor = self.initial(lr)
+        out: Tensor = self.middle(self.residual(features)) + features
+        return out
+
+    def enlarge(self, features: Tensor, lr: Tensor) -> Tensor:
+        detail = self.final(self.upsampler(features))
         return layers.output(lr, detail, self.scale, self.global_skip)
 
 

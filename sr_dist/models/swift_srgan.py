@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sr_dist.models import layers
+from sr_dist.models import cpu, layers
 
 
 class SeparableConv(nn.Module):
@@ -81,7 +81,11 @@ class UpsampleBlock(nn.Module):
         self.act = nn.PReLU(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(self.ps(self.conv(x)))
+        if cpu.suits(x):
+            enlarged = cpu.enlarge(self.conv.depthwise(x), self.conv.pointwise)
+        else:
+            enlarged = self.ps(self.conv(x))
+        out: Tensor = self.act(enlarged)
         return out
 
 
@@ -119,12 +123,24 @@ class Generator(nn.Module):
         self.final_conv = SeparableConv(width, channels, 9)
         if global_skip == "bicubic":
             layers.start_at_zero(self.final_conv.pointwise)
-        self.reach = layers.reach(scale, num_blocks)
+        self.reach_of_extract = layers.reach_of_extract(num_blocks)
+        self.reach_of_enlarge = layers.reach_of_enlarge(scale)
 
     def forward(self, lr: Tensor) -> Tensor:
-        features = self.initial(lr)
-        detail = self.convblock(self.residual(features)) + features
-        detail = self.final_conv(self.upsampler(detail))
+        return self.enlarge(self.extract(lr), lr)
+
+    def extract(self, lr: Tensor) -> Tensor:
+        features: Tensor = self.initial(lr)
+        out: Tensor = self.convblock(self.residual(features)) + features
+        return out
+
+    def enlarge(self, features: Tensor, lr: Tensor) -> Tensor:
+        detail = self.upsampler(features)
+        if self.training and cpu.suits(detail):
+            last = self.final_conv
+            detail = cpu.separable_to_few(detail, last.depthwise, last.pointwise)
+        else:
+            detail = self.final_conv(detail)
         return layers.output(lr, detail, self.scale, self.global_skip)
 
 

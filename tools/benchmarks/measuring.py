@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import platform
 import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,8 @@ import torchvision
 from sr_dist import dataset, images
 
 WARM_UP = 2  # turns that are not timed
+# A context manager, its module's own, that gives what a turn runs.
+Maker = Callable[..., contextlib.AbstractContextManager[Callable[[], object]]]
 Timings = dict[str, list[float]]  # seconds of each turn, by contender
 
 
@@ -36,6 +41,53 @@ def take_turns(
             if turn >= WARM_UP:
                 timings[name].append(time.perf_counter() - began)
     return timings
+
+
+def take_turns_in_processes(
+    makers: Mapping[str, tuple[Maker, tuple[object, ...]]],
+    repetitions: int,
+) -> Timings:
+    """`take_turns` of contenders that each live in a process of their own.
+
+    What one sets for its process (memory, threads) the other does not have.
+    """
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        turns: dict[str, Callable[[], object]] = {}
+        ends = {}
+        for name, (make, arguments) in makers.items():
+            end, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, make, arguments, torch.get_num_threads()), daemon=True
+            )
+            process.start()
+            theirs.close()  # so that its death is heard
+            stack.callback(process.join)
+            stack.callback(end.close)
+            ends[name] = end
+        for name, end in ends.items():
+            end.recv()  # it is ready
+
+            def turn(end: Connection = end) -> None:
+                end.send(None)
+                end.recv()
+
+            turns[name] = turn
+        return take_turns(turns, repetitions)
+
+
+def _serve(
+    end: Connection,
+    make: Maker,
+    arguments: tuple[object, ...],
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    with make(*arguments) as run, contextlib.suppress(EOFError):
+        while True:
+            end.send(None)
+            end.recv()
+            run()
 
 
 def synchronizer(device: torch.device) -> Callable[[], object]:

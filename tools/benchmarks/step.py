@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -61,29 +62,48 @@ def random_batch(batch_size: int, crop_size: int, scale: int) -> tuple[Tensor, T
     return pixels(crop_size // scale), pixels(crop_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    batch_size: int
+    crop_size: int
+    scale: int
+    mixed_precision: str
+
+
+@contextlib.contextmanager
+def ours(sizes: Sizes) -> Iterator[Callable[[], object]]:
+    with joined(sizes.mixed_precision, seed=0) as processes:
+        lr, hr = random_batch(sizes.batch_size, sizes.crop_size, sizes.scale)
+        objective = gan.build_objective(**LOSSES, device=processes.device)
+        run = our_step(processes, build_networks(processes, sizes.scale), objective)
+        synchronize = measuring.synchronizer(processes.device)
+        yield lambda: (run(lr, hr), synchronize())
+
+
+@contextlib.contextmanager
+def reference(sizes: Sizes) -> Iterator[Callable[[], object]]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lr, hr = random_batch(sizes.batch_size, sizes.crop_size, sizes.scale)
+    run = original.step(original.Networks(device, sizes.scale), device)
+    yield lambda: run(lr, hr)  # which reads its losses back: the device has done them
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    with joined(arguments.mixed_precision, seed=0) as processes:
-        return _measure(processes, arguments)
-
-
-def _measure(processes: Processes, arguments: argparse.Namespace) -> dict[str, object]:
-    batch_size, scale, device = arguments.batch_size, arguments.scale, processes.device
-    lr, hr = random_batch(batch_size, arguments.crop_size, scale)
-    objective = gan.build_objective(**LOSSES, device=device)
-    ours = our_step(processes, build_networks(processes, scale), objective)
-    reference = original.step(original.Networks(device, scale), device)
-    timings = measuring.take_turns(
-        {"ours": lambda: ours(lr, hr), "reference": lambda: reference(lr, hr)},
+    batch_size, scale = arguments.batch_size, arguments.scale
+    sizes = Sizes(batch_size, arguments.crop_size, scale, arguments.mixed_precision)
+    timings = measuring.take_turns_in_processes(
+        {"ours": (ours, (sizes,)), "reference": (reference, (sizes,))},
         arguments.repetitions,
-        measuring.synchronizer(device),
     )
     rates = {name: measuring.rates(its, batch_size) for name, its in timings.items()}
     cases = {"step": (rates["ours"], rates["reference"])}
     result = measuring.summary("step", cases, "images/s", more_is_better=True)
-    with FlopCounterMode(display=False) as counter:
-        ours(lr, hr)
-    if arguments.profile:
-        print_profile(lambda: ours(lr, hr), device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with ours(sizes) as run:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        if arguments.profile:
+            print_profile(run, device)
     per_image = counter.get_total_flops() / batch_size
     achieved, possible = per_image * float(str(result["ours"])), matmul_flops(device)
     return {
@@ -94,12 +114,11 @@ def _measure(processes: Processes, arguments: argparse.Namespace) -> dict[str, o
             "matmul": round(possible / 1e9, 1),
             "share": round(achieved / possible, 3),
         },
-        "world_size": processes.world_size,
         "config": {
             "batch_size": batch_size,
             "crop_size": arguments.crop_size,
             "scale": scale,
-            "mixed_precision": processes.mixed_precision,
+            "mixed_precision": arguments.mixed_precision,
             "losses": LOSSES,
         },
         **measuring.about(device),

@@ -1,0 +1,148 @@
+"""Enlarging pictures, against the generator as it was published, eager and traced."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import measuring
+from sr_dist import generators, images, metrics, models, upscale
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TILE = 128
+_TOLERANCE = 1e-5  # between our fp32 and the published form, of outputs in [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One picture to enlarge."""
+
+    height: int
+    width: int
+    scale: int
+    checkpoint: Path | None
+    engine: str = "fp32"
+    traced: bool = False
+
+    def picture(self) -> images.Picture:
+        side = max(self.height, self.width)
+        return measuring.photographs(None, side)[0][: self.height, : self.width]
+
+    def generator(self) -> nn.Module:
+        if self.checkpoint is not None:
+            return generators.load(self.checkpoint)[0]
+        torch.manual_seed(0)
+        return models.build_generator("swift_srgan", scale=self.scale, channels=3).eval()
+
+
+@contextlib.contextmanager
+def ours(job: Job) -> Iterator[Callable[[], object]]:
+    generator = upscale.prepare(job.generator(), _device())
+    picture = job.picture()
+    yield lambda: upscale.upscale(generator, picture, scale=job.scale, tile=TILE, engine=job.engine)
+
+
+@contextlib.contextmanager
+def reference(job: Job) -> Iterator[Callable[[], object]]:
+    """The whole picture at once, NCHW in fp32, BatchNorm in its place."""
+    generator = job.generator().to(_device())
+    lr = torch.from_numpy(job.picture()).permute(2, 0, 1)[None].contiguous().to(_device())
+    run: Callable[[torch.Tensor], torch.Tensor] = generator
+    with torch.inference_mode(), warnings.catch_warnings():
+        if job.traced:
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, and was the published way
+            run = torch.jit.trace(generator, lr.float() / 255)
+        yield lambda: images.to_pictures(run(lr.float() / 255))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    cases, scale_4 = {}, arguments.checkpoint
+    for name, job in {
+        "256x256 to 1024x1024": Job(256, 256, 4, scale_4),
+        "1920x1080 to 3840x2160": Job(1080, 1920, 2, None),
+    }.items():
+        timings = measuring.take_turns_in_processes(
+            {
+                "fp32": (ours, (job,)),
+                "bf16": (ours, (dataclasses.replace(job, engine="bf16"),)),
+                "eager": (reference, (job,)),
+                "trace": (reference, (dataclasses.replace(job, traced=True),)),
+            },
+            arguments.repetitions,
+        )
+        rates = {name: measuring.rates(its, 1) for name, its in timings.items()}
+        faster = max(("eager", "trace"), key=lambda its: statistics.median(rates[its]))
+        for engine in upscale.ENGINES:
+            cases[f"{name}, {engine}"] = (rates[engine], rates[faster])
+    return {
+        **measuring.summary("upscale", cases, "pictures/s", more_is_better=True),
+        "difference": differences(Job(96, 96, 4, scale_4)),
+        "peak_megabytes": peaks(arguments.checkpoint),
+        "config": {
+            "tile": TILE,
+            "checkpoint": str(arguments.checkpoint or "random weights"),
+            "reference": "the faster of the eager generator and its trace",
+        },
+        **measuring.about(_device()),
+    }
+
+
+def differences(job: Job) -> dict[str, float]:
+    """Of our engines from the published form: the greatest of fp32, in [0, 1], and bf16's PSNR.
+
+    Raises:
+        AssertionError: fp32 computes something else.
+    """
+    generator, picture = job.generator(), job.picture()
+    lr = images.to_float(images.to_batch([picture]))
+    with torch.inference_mode():
+        greatest = float((upscale.prepare(generator, lr.device)(lr) - generator(lr)).abs().max())
+    assert greatest <= _TOLERANCE, greatest
+    pair = [
+        images.to_batch([upscale.upscale(generator, picture, scale=4, tile=TILE, engine=engine)])
+        for engine in upscale.ENGINES
+    ]
+    return {"fp32_greatest": greatest, "bf16_psnr_db": round(float(metrics.psnr(*pair)), 2)}
+
+
+def peaks(checkpoint: Path | None) -> dict[str, float]:
+    """Peak resident megabytes of launch/upscale.py for a 3840x2160 and a 7680x4320 result."""
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if checkpoint is None:
+            checkpoint = folder / "random.pth.tar"
+            description = {"name": "swift_srgan", "scale": 4, "channels": 3}
+            generators.save_published(Job(1, 1, 4, None).generator(), checkpoint, description)
+        for result, height, width in (("4K", 540, 960), ("8K", 1080, 1920)):
+            images.save(Job(height, width, 4, None).picture(), folder / f"{result}.png")
+            words = (
+                *(REPOSITORY / "launch" / "upscale.py", "--checkpoint", checkpoint),
+                *("--input", folder / f"{result}.png", "--output", folder / "out"),
+                *("--engine", "fp32", "--tile", TILE),
+            )
+            # Of a shell of its own, so that the child it waits for is this one alone.
+            code = (
+                "import resource, subprocess, sys;"
+                "subprocess.run(sys.argv[1:], check=True, stdout=2);"
+                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000)"
+            )
+            command = [sys.executable, "-c", code, sys.executable, *map(str, words)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[result] = round(float(done.stdout), 1)
+    return {**found, "ratio": round(found["8K"] / found["4K"], 3)}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
