@@ -119,8 +119,11 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
     text = json.dumps({**meta, _CHECKSUM: _checksum(meta)}, indent=1) + "\n"
     _write_file(partial / META, text.encode("utf-8"))
     _sync_folder(partial)
-    shutil.rmtree(target, ignore_errors=True)  # of a stopped run that passed here before
-    os.replace(partial, target)
+    before = folder / f"step-{held.step:08d}.before.tmp"
+    if target.exists():  # of a stopped run that passed here before
+        os.rename(target, before)
+    os.rename(partial, target)
+    shutil.rmtree(before, ignore_errors=True)
     _sync_folder(folder)
     _prune(folder, target, keep, best)
     return target

@@ -132,12 +132,21 @@ class Processes:
         if len(everyone) == self.world_size:
             _set_buffers(modules, everyone[self.rank])
 
-    def wait_for_main(self, what: str) -> None:
-        """Return when rank 0 is here with the same `what`, however long that takes."""
-        if self.is_main:
-            self.watch.tell(what)
-        else:
-            self.watch.wait_for(what)
+    def wait_for_main(self, what: str, said: str = "") -> str:
+        """Return when rank 0 is here with the same `what`, however long that takes.
+
+        `said`: what rank 0 has to say, which is returned on all ranks.
+        """
+        if not self.is_main:
+            return self.watch.wait_for(what)
+        self.watch.tell(what, said)
+        return said
+
+    def wait_for_all(self, what: str) -> None:
+        """Return when all ranks are here with the same `what`, however long that takes."""
+        self.watch.tell(f"{what} {self.rank}")
+        for rank in range(self.world_size):
+            self.watch.wait_for(f"{what} {rank}")
 
 
 def _buffers(modules: Collection[nn.Module]) -> list[Tensor]:

@@ -28,12 +28,14 @@ class Position:
     """Where a run stands: after `step` updates on `images_seen` crops.
 
     `place`: steps of the present plan that lie behind it, which are as many unless the batch or the
-    crops were changed on the way.
+    crops were changed on the way. `unmeasured`: the evaluation at the end of the epoch, which
+    `step` ended, was cut short, and is to be made up for.
     """
 
     step: int = 0
     images_seen: int = 0
     place: int = 0
+    unmeasured: bool = False
 
 
 def find_start(
@@ -91,7 +93,8 @@ def position_of(start: checkpoint.Checkpoint, plan: shards.Plan) -> Position:
     then = start.meta["position"]
     share = then["step_in_epoch"] / then["steps_per_epoch"]
     place = then["epochs"] * plan.steps_per_epoch + round(share * plan.steps_per_epoch)
-    return Position(start.step, start.meta["images_seen"], place)
+    unmeasured = then.get("unmeasured", False) and place % plan.steps_per_epoch == 0
+    return Position(start.step, start.meta["images_seen"], place, unmeasured)
 
 
 def restore(
@@ -162,6 +165,7 @@ def meta_of(
             "epochs": epochs,
             "step_in_epoch": step_in_epoch,
             "steps_per_epoch": plan.steps_per_epoch,
+            "unmeasured": position.unmeasured,
         },
         "metrics": metrics_of,
         "world_size": processes.world_size,

@@ -37,7 +37,7 @@ from sr_dist.config import Config, to_yaml
 from sr_dist.degradation import Degradation
 from sr_dist.distributed import Processes
 from sr_dist.errors import Stopped, UserError
-from sr_dist.validation import Validation
+from sr_dist.validation import Interrupted, Validation
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
     measures = processes.is_main or config.evaluation.ranks == "all"
     validation = _validation(config, processes, inputs.reading, measures)
-    if first_step >= total_steps:
+    if first_step >= total_steps and not position.unmeasured:
         done = position.place // steps_per_epoch
         if processes.is_main:
             log.info("%s has its %d epochs; raise train.epochs to train it further", folder, done)
@@ -207,7 +207,8 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             for change in _changes(folder / "config.yaml", config):
                 log.info("changed since: %s", change)
     batches = _batches(config, processes, inputs, position.place)
-    batches = itertools.chain([next(batches)], batches)  # shards that cannot be read end it here
+    # Shards that cannot be read end it here. There is none where only an evaluation is left to do.
+    batches = itertools.chain(list(itertools.islice(batches, 1)), batches)
     if dry:
         return None
     tracker: tracking.Tracker = tracking.Silent()
@@ -222,13 +223,14 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         total=total_images, done=position.images_seen, visible=processes.is_main
     )
 
-    skips, saturated = config.train.on_nonfinite == "skip", False
+    skips = config.train.on_nonfinite == "skip"
+    saturation = _Saturation(config.loss.adversarial.kind)
     every_minutes, saved_at = config.checkpoint.every_minutes, time.monotonic()
     every_seconds = None if every_minutes is None else 60 * every_minutes
-    for step in range(first_step + 1, total_steps + 1):
+
+    def advance(step: int, epoch: int, ends_epoch: bool) -> tuple[bool, bool]:
+        """One step of training: whether all ranks save after it, and whether they stop."""
         images_seen = position.images_seen + (step - 1 - first_step) * batch_size
-        place = position.place + step - first_step
-        processes.watch.begin(step)
         asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
@@ -253,7 +255,6 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         skipped.add(batch.skipped)
         progress.advance(batch_size, waited)
 
-        epoch, ends_epoch = (place - 1) // steps_per_epoch + 1, place % steps_per_epoch == 0
         logs = ends_epoch or step % config.tracking.log_every_steps == 0
         stops = processes.watch.due("stop", step)
         saves = processes.watch.due("save", step)
@@ -277,14 +278,7 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
                 "data/skipped": values["data/skipped"] * processes.world_size,
                 "gradient/left_out": left_out,
             }
-            if not saturated and _is_saturated(config.loss.adversarial.kind, values):
-                saturated = True
-                log.warning(
-                    "the discriminator scores HR and SR alike, at %.0f: it has saturated, where "
-                    "the linear loss has no gradient. Lower optimizer.discriminator.learning_rate, "
-                    "or take loss.adversarial.kind=bce, which has one",
-                    values["score/hr"],
-                )
+            saturation.look(values)
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
             learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
             tracker.scalars({**values, **speed, **learning_rates}, step)
@@ -292,6 +286,13 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             saver.check()
             if every_seconds is not None and time.monotonic() - saved_at >= every_seconds:
                 processes.watch.ask("save")
+        return saves, stops
+
+    for step in range(first_step if position.unmeasured else first_step + 1, total_steps + 1):
+        processes.watch.begin(step)
+        place = position.place + step - first_step
+        epoch, ends_epoch = (place - 1) // steps_per_epoch + 1, place % steps_per_epoch == 0
+        saves, stops = advance(step, epoch, ends_epoch) if step > first_step else (True, False)
         if not (ends_epoch or saves or stops):
             continue
 
@@ -300,35 +301,46 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             all_skipped = processes.sum(torch.tensor(skipped.count, device=processes.device))
             finite.check_weights(networks.weights, step)
             # From here on rank 0 alone holds what all ranks have summed, as after a restart.
-            epoch_means.sums.copy_(epoch_sums * (processes.is_main and not ends_epoch))
+            epoch_means.sums.copy_(epoch_sums * processes.is_main)
             skipped.count = int(all_skipped) * processes.is_main
             evaluates = epoch % config.evaluation.every_epochs == 0 or step == total_steps
-            if processes.is_main:
-                # The checkpoint comes after the evaluation, so that a run killed in between
-                # repeats both; an evaluation that fails takes no training with it.
-                measured: list[evaluate.Mean] = []
-                try:
-                    if ends_epoch:
-                        if evaluates:
-                            measured = validation.run(networks.evaluated(), tracker, epoch, step)
-                            means = measured
-                        row = (epoch, epoch_sums, measured)
-                        _end_epoch(folder, config, networks, inputs.identity, tracker, *row)
-                finally:
+            # The checkpoint comes after the evaluation, so that a run killed in between repeats
+            # both; an evaluation that fails takes no training with it, and one that a stop cuts
+            # short is made up for by the run that goes on.
+            measured: list[evaluate.Mean] = []
+            unmeasured = False
+            try:
+                if ends_epoch and evaluates and measures:
+                    try:
+                        measured = validation.run(networks.evaluated(), tracker, epoch, step)
+                        means = measured
+                    except Interrupted:
+                        unmeasured = True
+                if ends_epoch and not unmeasured and processes.is_main:
+                    row = (epoch, epoch_sums, measured)
+                    _end_epoch(folder, config, networks, inputs.identity, tracker, *row)
+            finally:
+                if ends_epoch and not unmeasured:
+                    epoch_means.sums.zero_()
+                if processes.is_main:
                     state = resuming.state_of(
                         processes, networks, epoch_means, skipped, nonfinite, buffers
                     )
-                    now = resuming.Position(step, images_seen + batch_size, place)
+                    now = resuming.Position(
+                        step,
+                        position.images_seen + (step - first_step) * batch_size,
+                        place,
+                        unmeasured,
+                    )
                     meta = resuming.meta_of(inputs.identity, processes, plan, now, measured)
                     meta |= {"bits": config.data.bits, "resume": config.run.resume}
                     meta["validation"] = inputs.measured_on
                     saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
                     saved_at = time.monotonic()
-                if stops:  # before any rank ends: launchers end the others then
-                    saver.finish()
-            elif measures and ends_epoch and evaluates:
-                validation.run(networks.evaluated(), tracker, epoch, step)
-            processes.wait_for_main(f"step {step}")
+            stops = stops or unmeasured
+            if processes.is_main and stops:  # before any rank ends: launchers end the others then
+                saver.finish()
+            stops = bool(processes.wait_for_main(f"step {step}", "stop" * stops))
         if stops:
             tracker.close()
             raise Stopped(
@@ -342,15 +354,27 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
     return Result(folder, means, skipped.count, protocol)
 
 
-def _is_saturated(kind: str, values: Mapping[str, float]) -> bool:
-    """Whether the discriminator is so sure, and of all pictures, that its sigmoid has no slope.
+class _Saturation:
+    """Tells once of a discriminator so sure, and of all pictures, that its sigmoid has no slope.
 
     The loss of `kind` linear then has none either; others do.
     """
-    if kind != "linear":
-        return False
-    scores = [values[name] for name in ("score/hr", "score/sr") if name in values]
-    return bool(scores) and (max(scores) < 1e-4 or min(scores) > 1 - 1e-4)
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.told = kind, False
+
+    def look(self, values: Mapping[str, float]) -> None:
+        scores = [values[name] for name in ("score/hr", "score/sr") if name in values]
+        if self.kind != "linear" or self.told or not scores:
+            return
+        if max(scores) < 1e-4 or min(scores) > 1 - 1e-4:
+            self.told = True
+            log.warning(
+                "the discriminator scores HR and SR alike, at %.0f: it has saturated, where the "
+                "linear loss has no gradient. Lower optimizer.discriminator.learning_rate, or take "
+                "loss.adversarial.kind=bce, which has one",
+                values["score/hr"],
+            )
 
 
 def _validation(
@@ -358,6 +382,13 @@ def _validation(
 ) -> Validation:
     data, evaluation = config.data, config.evaluation
     perceived = measures and evaluation.lpips is not None
+    numbers = itertools.count()
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        # Shares may take longer than a collective waits.
+        processes.wait_for_all(f"measured {next(numbers)}")
+        return processes.sum(values.to(processes.device)).cpu()
+
     validation = Validation(
         data=data.validation,
         scale=data.scale,
@@ -368,6 +399,7 @@ def _validation(
         tile=evaluation.tile,
         samples=evaluation.samples,
         lpips=lpips.build(Path(str(evaluation.lpips)), processes.device) if perceived else None,
+        interrupted=lambda: processes.watch.wants("stop"),
     )
     if evaluation.ranks == "main":
         return validation
@@ -375,7 +407,7 @@ def _validation(
         validation,
         rank=processes.rank,
         ranks=processes.world_size,
-        total=lambda values: processes.sum(values.to(processes.device)).cpu(),
+        total=total,
     )
 
 

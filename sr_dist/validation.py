@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from sr_dist import evaluate, images, storage, tracking
 from sr_dist.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The measuring was left, because the run is to stop."""
+
 
 Look = Callable[[evaluate.Pair, Mapping[str, images.Picture]], None]
 
@@ -37,6 +42,7 @@ class Validation:
     rank: int = 0
     ranks: int = 1
     total: Callable[[Tensor], Tensor] = torch.Tensor.clone
+    interrupted: Callable[[], bool] = lambda: False  # asked before each picture
 
     def run(
         self, generator: nn.Module, tracker: tracking.Tracker, epoch: int, step: int
@@ -45,21 +51,25 @@ class Validation:
 
         All ranks return the same numbers, whatever their number. What one of them cannot measure is
         raised by all.
+
+        Raises:
+            Interrupted: on all ranks, if one of them was; nothing has been shown or logged.
         """
-        shown: set[str] = set()
+        shown: dict[str, images.Picture] = {}
 
         def look(pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
             if len(shown) < self.samples:
                 name = evaluate.unused_name(evaluate.file_name(pair.name), shown)
-                shown.add(name)
                 part, of_results = evaluate.middle(pair, results, _SAMPLE_SIDE)
-                tracker.picture(name, evaluate.side_by_side(part, of_results), epoch, step)
+                shown[name] = evaluate.side_by_side(part, of_results)
 
         upscalers = {
             "bicubic": evaluate.classical("bicubic", self.scale),
             "SR": evaluate.learned(generator, scale=self.scale, tile=self.tile),
         }
         means = evaluate.averages(self._measure(upscalers, look))
+        for name, picture in shown.items():
+            tracker.picture(name, picture, epoch, step)
         for mean in means:
             values = {"psnr": mean.psnr, "ssim": mean.ssim}
             perceived = ""
@@ -91,11 +101,25 @@ class Validation:
             reading=self.reading,
             wanted=set(mine).__contains__,
         )
-        failure, rows = None, []
+        failure, rows, interrupted = None, [], False
+
+        def uninterrupted() -> Iterator[evaluate.Pair]:
+            for pair in pairs:
+                if self.interrupted():
+                    raise Interrupted
+                yield pair
+
         try:
             rows = evaluate.evaluate(
-                upscalers, pairs, colour=self.colour, border=self.scale, lpips=self.lpips, look=look
+                upscalers,
+                uninterrupted(),
+                colour=self.colour,
+                border=self.scale,
+                lpips=self.lpips,
+                look=look,
             )
+        except Interrupted:
+            interrupted = True
         except Exception as error:
             failure = error
         found = torch.zeros(len(pictures), len(upscalers), 3, dtype=torch.float64)
@@ -103,15 +127,17 @@ class Validation:
             picture, upscaler = divmod(place, len(upscalers))
             values = (row.psnr, row.ssim, row.lpips or 0.0)
             found[mine[picture], upscaler] = torch.tensor(values, dtype=torch.float64)
-        failures = torch.tensor([failure is not None], dtype=torch.float64)
-        joined = self.total(torch.cat([found.flatten(), failures]))
+        flags = torch.tensor([interrupted, failure is not None], dtype=torch.float64)
+        joined = self.total(torch.cat([found.flatten(), flags]))
         if failure is not None:
             raise failure
         if joined[-1]:
             raise UserError("another rank could not evaluate; it says why")
+        if joined[-2]:
+            raise Interrupted
         return [
             evaluate.Row(str(picture), name, psnr, ssim, None if self.lpips is None else lpips)
-            for picture, of_upscalers in enumerate(joined[:-1].view_as(found).tolist())
+            for picture, of_upscalers in enumerate(joined[:-2].view_as(found).tolist())
             for name, (psnr, ssim, lpips) in zip(upscalers, of_upscalers, strict=True)
         ]
 

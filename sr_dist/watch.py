@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PERIOD = 0.25  # seconds between two looks at the store
 _SILENT = 3.0  # seconds without a sign of life that tell of a rank, once something is wrong
+_ECHO = 5.0  # seconds in which another signal is the first one's echo
 _HALT = 1.0  # seconds more than a period that tell of a process that was suspended
 _GONE = 1  # exit status
 
@@ -46,10 +48,11 @@ class Watch:
         self.rank, self.world_size, self.store, self.timeout = rank, world_size, store, timeout
         self.step = 0  # the one that this rank has begun, kept by the loop
         self.asked: set[str] = set()
-        self.wanted: set[str] = set()  # rank 0: what some rank asked for, with its round
+        self.wanted: set[str] = set()  # what some rank asked for, with its round
         self.agreed: dict[str, int] = {}  # what → step at whose end
         self.rounds: dict[str, int] = {}  # how often something was agreed on and done
         self.signal: str = ""  # the name of the one that came first
+        self.signalled = 0.0  # when
         self.beats = 0
         self.heard: dict[int, tuple[str, float]] = {}  # rank → last sign, when it changed
         self.lock = threading.Lock()  # of rounds and agreed, which two threads change
@@ -76,32 +79,52 @@ class Watch:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Let the first SIGTERM, SIGINT or SIGUSR1 ask for a stop, and the same again stop at once.
+        """Let the first SIGTERM, SIGINT or SIGUSR1 ask for a stop, and a second one stop at once.
 
-        Different ones count once: a terminal sends SIGINT to all, and the launcher then SIGTERM.
+        A thread hears them, also while the loop waits for the other ranks.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def ask(number: int, frame: FrameType | None) -> None:
+        def begin(number: int, frame: FrameType | None) -> None:
             if not self.step:  # nothing has begun that could be lost
                 raise KeyboardInterrupt
-            name = signal.Signals(number).name
-            if self.signal == name:
-                os._exit(128 + number)
-            if not self.signal:
-                self.signal = name
-                self.ask("stop")
 
+        theirs, ours = socket.socketpair()
+        ours.setblocking(False)  # as set_wakeup_fd wants it
         before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
-            each: signal.signal(each, ask) for each in SIGNALS
+            each: signal.signal(each, begin) for each in SIGNALS
         }
+        wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+        listening = threading.Thread(target=self._hear, args=(theirs,), daemon=True, name="signals")
+        listening.start()
         try:
             yield
         finally:
+            signal.set_wakeup_fd(wakeup)
             for each, handler in before.items():
                 signal.signal(each, handler)
+            ours.shutdown(socket.SHUT_WR)  # which ends the thread, whoever else holds it
+            listening.join()
+            ours.close()
+            theirs.close()
+
+    def _hear(self, numbers: socket.socket) -> None:
+        """What the system writes there: a byte for each signal."""
+        while received := numbers.recv(1):
+            number = received[0]
+            if number not in SIGNALS:
+                continue
+            now, name = time.monotonic(), signal.Signals(number).name
+            if self.signal:
+                # A terminal sends SIGINT to all, and the launcher then SIGTERM: these count once.
+                if name == self.signal or now - self.signalled > _ECHO:
+                    os._exit(128 + number)
+            else:
+                self.signal, self.signalled = name, now
+                if self.step:
+                    self.ask("stop")
 
     def begin(self, step: int) -> None:
         """The loop begins `step`."""
@@ -111,6 +134,10 @@ class Watch:
         """Ask that all ranks do something (a word, as `stop`) at the end of the same step."""
         self.asked.add(what)
 
+    def wants(self, what: str) -> bool:
+        """Whether a rank has asked for it, and it has not been done: for work that can be left."""
+        return what in self.asked or self._key(what) in self.wanted
+
     def due(self, what: str, step: int) -> bool:
         """Whether all ranks do it at the end of this `step`."""
         if self.store is None:
@@ -118,7 +145,7 @@ class Watch:
             self.asked.discard(what)
             return found
         if what not in self.agreed:
-            if self._key(what) in self.wanted:
+            if self.rank == 0 and self._key(what) in self.wanted:
                 self._announce(what, step + 1)
             return False
         at = self.agreed[what]
@@ -135,25 +162,26 @@ class Watch:
         return f"{what}/{self.rounds.get(what, 0)}"
 
     def _announce(self, what: str, step: int) -> None:
-        """Rank 0: name the step, and return when all ranks have heard of it."""
+        """Name the step, and return when all ranks have heard of it; rank 0 does this."""
         assert self.store is not None
         key = self._key(what)
         self.store.set(f"agreed/{key}", str(step))
         for rank in range(1, self.world_size):
             while not self.store.check([f"heard/{key}/{rank}"]):
                 time.sleep(0.01)
-        self.wanted.discard(key)
         self.agreed[what] = step
 
-    def wait_for(self, key: str) -> None:
-        """Return when another rank has told `key`. A wait may take any time, while all live."""
-        if self.store is not None:
-            while not self.store.check([f"told/{key}"]):
-                time.sleep(0.02)
+    def wait_for(self, key: str) -> str:
+        """What another rank has told under `key`. A wait may take any time, while all live."""
+        if self.store is None:
+            return ""
+        while not self.store.check([f"told/{key}"]):
+            time.sleep(0.02)
+        return self.store.get(f"told/{key}").decode()
 
-    def tell(self, key: str) -> None:
+    def tell(self, key: str, what: str = "") -> None:
         if self.store is not None:
-            self.store.set(f"told/{key}", "1")
+            self.store.set(f"told/{key}", what)
 
     def missing(self) -> list[int]:
         """After something went wrong between ranks: those that give no sign of life any more."""
@@ -227,10 +255,9 @@ class Watch:
                 key, asked = self._key(what), what in self.asked
             if asked:
                 self.store.set(f"asked/{key}", "1")
-            if self.rank == 0:
-                if self.store.check([f"asked/{key}"]):
-                    self.wanted.add(key)
-            elif what not in self.agreed and self.store.check([f"agreed/{key}"]):
+            if self.store.check([f"asked/{key}"]):
+                self.wanted.add(key)
+            if self.rank and what not in self.agreed and self.store.check([f"agreed/{key}"]):
                 step = int(self.store.get(f"agreed/{key}"))
                 with self.lock:
                     if key == self._key(what):  # and not done meanwhile

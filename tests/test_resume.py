@@ -25,8 +25,9 @@ from sr_dist import (
     shard_writer,
     shards,
     train,
+    watch,
 )
-from sr_dist.errors import UserError
+from sr_dist.errors import Stopped, UserError
 from tests.helpers import ACCELERATE, REPOSITORY, free_port, succeed
 from tests.runs import (
     ONE_PROCESS,
@@ -94,6 +95,36 @@ def test_a_stopped_run_of_other_networks_ends_bit_identical(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_stop_in_an_evaluation_is_made_up_for(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    """The first of `epochs` ends in an evaluation of three pictures, left after the first."""
+    for name in ("b.png", "c.png"):
+        (tmp_path / name).write_bytes((tmp_path / "chelsea.png").read_bytes())
+    (tmp_path / "val.txt").write_text("chelsea.png\nb.png\nc.png\n")
+    wanted = (f"train.epochs={epochs}", "data.num_workers=0")
+    unbroken = train.run(load(recipe, *wanted, "run.name=unbroken"))
+    asked = []
+
+    def wants(self: watch.Watch, what: str) -> bool:
+        asked.append(what)
+        return len(asked) == 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.Watch, "wants", wants)
+        with pytest.raises(Stopped, match="at step 18 of"):
+            train.run(load(recipe, *wanted))
+    assert asked == ["stop", "stop"], "the third picture was not looked at"
+    folder = tmp_path / "runs" / "small"
+    assert not (folder / "logs").exists() and not (folder / "models").exists()
+    assert saved(folder)[1]["position"]["unmeasured"] is True  # type: ignore[index]
+    result = train.run(load(recipe, *wanted))
+    assert result is not None and unbroken is not None and result.means == unbroken.means
+    assert_same_run(unbroken.folder, folder)
+    assert saved(folder)[1]["position"]["unmeasured"] is False  # type: ignore[index]
 
 
 def test_a_complete_run_says_so_and_can_be_prolonged(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
 import pytest
 
 from sr_dist import watch
+from tests.helpers import run
 
 
 class Silent:
@@ -52,6 +54,45 @@ def test_the_time_of_a_suspended_process_does_not_count(monkeypatch: pytest.Monk
     before = held._now()
     held._wait_a_period()
     assert held._now() - before == pytest.approx(0.25)
+
+
+SIGNALLED = """
+import os, signal, sys, threading, time
+from sr_dist import watch
+held = watch.Watch(0, 1, None, timeout=5)
+with held.signals():
+    held.begin(int(sys.argv[1]))
+    for name in sys.argv[2:]:
+        if name[0].isdigit():
+            watch._ECHO = float(name)
+        else:
+            os.kill(os.getpid(), signal.Signals[name])
+    # The main thread waits where no Python runs, as in a collective.
+    lock = threading.Lock()
+    lock.acquire()
+    threading.Timer(1.5, lock.release).start()
+    lock.acquire()
+    print(held.signal, held.wants("stop"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "signals", "status", "said"),
+    [
+        (3, ["SIGTERM"], 0, "SIGTERM True"),
+        (3, ["SIGUSR1", "SIGTERM"], 0, "SIGUSR1 True"),
+        (3, ["SIGTERM", "SIGTERM"], 128 + 15, ""),
+        (3, ["SIGUSR1", "0", "SIGTERM"], 128 + 15, ""),
+        (0, ["SIGINT"], -2, ""),
+    ],
+    ids=["one", "an echo", "the same twice", "another later", "nothing begun"],
+)
+def test_a_second_signal_stops_at_once(
+    step: int, signals: list[str], status: int, said: str
+) -> None:
+    done = run(sys.executable, "-c", SIGNALLED, str(step), *signals, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (status, said), done.stderr
+    assert ("KeyboardInterrupt" in done.stderr) == (not step)
 
 
 class Kept:
