@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sr_dist import dataset, images, shard_writer  # noqa: E402
+from sr_dist import checkpoint, dataset, images, shard_writer  # noqa: E402
 from tests.helpers import REPOSITORY  # noqa: E402
 from tests.runs import assert_same_run  # noqa: E402
 
@@ -66,6 +66,7 @@ class Run:
             if most_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
+        self.first: int | None = None  # step, as far as `steps` has looked
         self.said = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             command,
@@ -85,12 +86,11 @@ class Run:
     def steps(self, number: int) -> bool:
         """Wait for `number` steps; False if the run ended before."""
         assert self.process.stdout is not None
-        first: int | None = None
         for line in self.process.stdout:
             word, _, step = line.strip().partition(" ")
             if word == "step" and step.isdigit():
-                first = int(step) if first is None else first
-                if int(step) >= first + number:
+                self.first = int(step) if self.first is None else self.first
+                if int(step) >= self.first + number:
                     return True
         return False
 
@@ -167,6 +167,7 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
     chance.shuffle(left)
     began = time.monotonic()
     for number, kind in enumerate(left, start=1):
+        start = checkpoint.find_newest(checkpoints)
         # A disk that is full takes small files, and no checkpoint.
         run = Run(recipes["struck"], most_bytes=60_000 if kind == "full disk" else None)
         if kind == "full disk":
@@ -176,6 +177,8 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
         else:
             # Two steps beyond a checkpoint at the least, so that the run gets on.
             assert run.steps(chance.randint(4, 8)), run.end()
+            whole = 0 if start is None else start.step
+            assert run.first == whole + 1, f"it began at step {run.first}, not after {whole}"
             what = kind
             if kind == "stop":
                 stop(run, chance)
@@ -185,8 +188,8 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
                 kill_all(run)
             if kind == "damage":
                 what = damage(checkpoints, chance)
-        whole = checkpoints.glob("step-" + 8 * "[0-9]")
-        newest = max((path.name for path in whole), default="none")
+        there = checkpoints.glob("step-" + 8 * "[0-9]")
+        newest = max((path.name for path in there), default="none")
         say(f"{number:3} of {faults}  {time.monotonic() - began:5.0f} s  {what}; newest: {newest}")
     status, said = Run(recipes["struck"]).end()
     assert status == 0, said

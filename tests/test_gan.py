@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -459,3 +460,59 @@ def test_models_are_built_alike_by_seed(processes: Processes) -> None:
     for a, b in zip(one.generator.parameters(), other.generator.parameters(), strict=True):
         assert torch.equal(a, b)
     assert models.count_parameters(one.generator) > 0
+
+
+def test_statistics_that_a_step_spoils_are_put_back(
+    processes: Processes, batch: tuple[Tensor, Tensor]
+) -> None:
+    """The second block's output overflows, and all behind it; what lies before learns on."""
+
+    def buffers(keep: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        networks = build(processes)
+        found = networks.generator.residual[1].block1.cnn.pointwise.weight  # type: ignore
+        found.data.fill_(1e38)
+        before = {k: v.clone() for k, v in networks.generator.named_buffers()}
+        pixel = objective(processes, pixel={"weight": 1.0})
+        options = {"images_seen": 0, "images": 4, "keep_statistics": keep}
+        scalars = gan.training_step(processes, networks, pixel, *batch, **options)
+        assert not torch.isfinite(scalars["gradient/generator"])
+        return before, dict(networks.generator.named_buffers())
+
+    _, spoiled = buffers(keep=False)
+    wrong = {name for name, value in spoiled.items() if not torch.isfinite(value).all()}
+    spared = "residual.0.block2.bn.running_var"
+    assert "residual.1.block1.bn.running_var" in wrong and spared not in wrong
+    before, kept = buffers(keep=True)
+    for name, value in kept.items():
+        if name in wrong:
+            assert torch.equal(value, before[name]), name
+        else:
+            assert torch.equal(value, spoiled[name]), name
+    assert not torch.equal(kept[spared], before[spared])
+
+
+def test_the_state_of_a_gradient_scaler_is_kept(processes: Processes) -> None:
+    """What fp16 has found of its loss scale: 2 ** 10, halved once, and one good step since."""
+
+    def scaled(init_scale: float) -> Processes:
+        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        accelerator = types.SimpleNamespace(scaler=scaler)
+        return dataclasses.replace(processes, accelerator=accelerator)
+
+    one = scaled(1024.0)
+    weight = torch.ones(1, requires_grad=True)
+    sgd = torch.optim.SGD([weight], lr=0.1)
+    scaler = one.accelerator.scaler
+    for gradient in (torch.inf, 1.0):
+        scaler.scale(weight).backward()
+        weight.grad = torch.tensor([gradient])
+        scaler.step(sgd)
+        scaler.update()
+    state = one.scaler_state()
+    other = scaled(2.0**16)
+    other.load_scaler_state(state)
+    assert other.accelerator.scaler.get_scale() == 512.0
+    assert other.scaler_state() == state and state["_growth_tracker"] == 1
+    bare = dataclasses.replace(processes, accelerator=types.SimpleNamespace(scaler=None))
+    bare.load_scaler_state(state)
+    assert bare.scaler_state() == {}
