@@ -79,11 +79,14 @@ class _SeparableToFew(torch.autograd.Function):
         )
         of_dense = of_back.flip(2, 3).transpose(0, 1)
         total = grad.sum((0, 2, 3))
+        of_depth = (of_dense * point).sum(0).unsqueeze(1)
+        of_point = (of_dense * depth.transpose(0, 1)).sum((2, 3), keepdim=True)
+        of_point += (total[:, None] * depth_bias).view_as(point)
         return (
             grad_x,
-            (of_dense * point).sum(0).unsqueeze(1),
+            # Laid out in memory as the weights are, which DistributedDataParallel counts on.
+            torch.empty_like(depth).copy_(of_depth),
             (total[:, None] * point[:, :, 0, 0]).sum(0),
-            (of_dense * depth.transpose(0, 1)).sum((2, 3), keepdim=True)
-            + (total[:, None] * depth_bias).view_as(point),
+            torch.empty_like(point).copy_(of_point),
             total,
         )
