@@ -275,6 +275,12 @@ class Train:
         "run both networks through torch.compile: the first steps take minutes, later ones less "
         "time on GPUs (on CPUs none); needs Triton there, a C++ compiler here",
     )
+    gradient_compression: str = setting(
+        "none",
+        "of gradients on their way between processes: bf16 halves what is sent, and rounds; for "
+        "slow networks (on CPUs it takes longer)",
+        choices=("none", "bf16"),
+    )
     mixed_precision: str | None = setting(
         None,
         "no, bf16 or fp16; null takes what accelerate launch was told",

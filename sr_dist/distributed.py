@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
@@ -205,13 +209,16 @@ def _join_again(backend: str, timeout: float) -> None:
 
 
 @contextlib.contextmanager
-def joined(mixed_precision: str | None, seed: int, timeout: float = 600.0) -> Iterator[Processes]:
+def joined(
+    mixed_precision: str | None, seed: int, timeout: float = 600.0, compression: str = "none"
+) -> Iterator[Processes]:
     """Join the processes that `accelerate launch` (or torchrun) started, or be the only one.
 
     `mixed_precision`: no, bf16, fp16, or None for what accelerate launch was told. Build what holds
     wrapped modules in a function called inside, so that they are gone when the group is closed: an
     interpreter that ends while gloo's threads still work is aborted. `timeout`: seconds that a rank
-    may give no sign of life, or keep the others waiting in a step.
+    may give no sign of life, or keep the others waiting in a step. `compression`: of the gradients
+    that ranks send each other; bf16, or none.
 
     Raises:
         UserError: fp16 without a GPU; accelerate would compute in fp32 and not say so.
@@ -228,7 +235,14 @@ def joined(mixed_precision: str | None, seed: int, timeout: float = 600.0) -> It
         mixed_precision=mixed_precision,
         kwargs_handlers=[
             # BatchNorm's buffers are averaged before they are used, not sent at every forward.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # The member, since accelerate takes no notice of its name as a string.
+                comm_hook=DDPCommunicationHookType.BF16
+                if compression == "bf16"
+                else DDPCommunicationHookType.NO,
+            ),
             InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
         ],
     )

@@ -277,6 +277,31 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         del parts
 
 
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`; on a GPU each is copied while the one before it is trained on.
+
+    What `batches` gives should be pinned, or the copies wait.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)
+    copied: Batch | None = None
+    for batch in itertools.chain(batches, [None]):
+        ready, copied = copied, None
+        if ready is not None:
+            now = torch.cuda.current_stream(device)
+            now.wait_stream(side)
+            for tensor in (ready.lr, ready.hr):  # made on the one, and freed on the other
+                tensor.record_stream(now)
+        if batch is not None:
+            with torch.cuda.stream(side):
+                lr, hr = (x.to(device, non_blocking=True) for x in (batch.lr, batch.hr))
+            copied = batch._replace(lr=lr, hr=hr)
+        if ready is not None:
+            yield ready
+
+
 def _checked(item: Batch | DataError) -> Batch:
     if isinstance(item, DataError):
         raise item

@@ -63,7 +63,12 @@ def run(config: Config, dry: bool = False) -> Result | None:
         LostRank: another rank is gone.
     """
     timeout = 60 * config.run.timeout_minutes
-    with distributed.joined(config.train.mixed_precision, config.run.seed, timeout) as processes:
+    with distributed.joined(
+        config.train.mixed_precision,
+        config.run.seed,
+        timeout,
+        config.train.gradient_compression,
+    ) as processes:
         folder = Path(config.run.output_dir) / config.run.name / "checkpoints"
         saver = checkpoint.Saver(folder, keep=config.checkpoint.keep, best=config.checkpoint.best)
         with processes.watch.signals(), saver:
@@ -414,9 +419,9 @@ def _validation(
 def _batches(
     config: Config, processes: Processes, inputs: _Inputs, first_step: int
 ) -> Iterator[stream.Batch]:
-    """This rank's batches, from a step of the plan on to the end of the last epoch."""
+    """This rank's batches, on its device, from a step of the plan to the end of the last epoch."""
     data = config.data
-    return stream.batches(
+    batches = stream.batches(
         stream.CropStream(
             index=inputs.index,
             plan=inputs.plan,
@@ -435,6 +440,7 @@ def _batches(
         num_workers=data.num_workers,
         pin_memory=processes.device.type == "cuda",
     )
+    return stream.on_device(batches, processes.device)
 
 
 def _say_what_will_be_done(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -601,6 +602,39 @@ def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
     assert found["differing_buffers"] == []
     assert found["differing_buffers_afterwards"] == found["differing_buffers_before_averaging"]
     assert found["means"] == {"rank": 0.5}
+    done = launch(TWO_PROCESSES, "tests/workers/ranks_agree.py", "bf16")
+    compressed = json.loads(done.stdout.splitlines()[-1])
+    assert compressed["differing_parameters"] == []
+    assert compressed["length"] != found["length"], "bf16 rounds"
+    assert compressed["length"] == pytest.approx(found["length"], rel=1e-3)
+
+
+def test_nothing_is_read_back_between_log_points(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would have to be waited for: losses, lengths and counts stay there up to the log."""
+    now, read = [0], collections.Counter()
+    real_step = gan.training_step
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        now[0] += 1
+        return real_step(*arguments, **options)
+
+    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        real = getattr(torch.Tensor, name)
+
+        def noted(self: torch.Tensor, *arguments: Any, real: Any = real, **options: Any) -> Any:
+            read[now[0]] += 1
+            return real(self, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    monkeypatch.setattr(gan, "training_step", counting)
+    every = ("tracking.log_every_steps=5", "train.epochs=1", "train.warmup_images=16")
+    clipped = ("optimizer.generator.clip_norm=1.0", "train.on_nonfinite=skip")
+    train.run(load(recipe, *every, *clipped, "train.ema_half_life=40"))
+    assert now[0] == 18
+    # Before the first step all kinds of things are read; at the last one the epoch ends.
+    assert {step for step in read if step} == {5, 10, 15, 18}
 
 
 @pytest.mark.multiprocess

@@ -1,7 +1,11 @@
-"""Trains three steps on other data on each rank; rank 0 prints what then differs between ranks."""
+"""Trains three steps on other data on each rank; rank 0 prints what then differs between ranks.
+
+The first argument is the compression of gradients.
+"""
 
 import dataclasses
 import json
+import sys
 
 import torch
 
@@ -59,9 +63,13 @@ def main(processes: distributed.Processes) -> None:
             "differing_buffers": differing(networks, "buffers"),
         }
     found["differing_buffers_afterwards"] = differing(networks, "buffers")
+    found["length"] = float(
+        torch.cat([p.detach().flatten() for p in networks.generator.parameters()]).norm()
+    )
     if processes.is_main:
         print(json.dumps(found), flush=True)
 
 
-with distributed.joined("no", seed=0) as processes:
+compression = sys.argv[1] if len(sys.argv) > 1 else "none"
+with distributed.joined("no", seed=0, compression=compression) as processes:
     main(processes)

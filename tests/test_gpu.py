@@ -1,0 +1,141 @@
+"""What needs a CUDA device: pytest -m gpu. Where SR_DIST_GPU is set, a missing one is a failure."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sr_dist import config, distributed, gan, images, models, stream, train, upscale
+from tests.helpers import succeed
+from tests.runs import load, rows, saved
+from tests.streams import stream_of
+
+pytestmark = pytest.mark.gpu
+
+ADAMW = dataclasses.asdict(config.AdamW())
+LOSS = dataclasses.asdict(
+    config.Loss(
+        content=config.Content(weights="none"), adversarial=config.Adversarial(kind="bce")
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def device() -> torch.device:
+    if not torch.cuda.is_available():
+        if os.environ.get("SR_DIST_GPU"):
+            pytest.fail("no CUDA device is here, and SR_DIST_GPU is set")
+        pytest.skip("no CUDA device is here")
+    return torch.device("cuda")
+
+
+@pytest.fixture(params=["no", "bf16", "fp16"])
+def processes(request: pytest.FixtureRequest) -> Iterator[distributed.Processes]:
+    with distributed.joined(request.param, seed=0) as joined:
+        yield joined
+
+
+def build(processes: distributed.Processes, compiled: bool = False) -> gan.Networks:
+    return gan.build_networks(
+        processes,
+        generator={"name": "swift_srgan", "scale": 4, "channels": 3, "num_blocks": 2},
+        discriminator={"name": "swift_srgan", "channels": 3, "head": "gap"},
+        optimizer={"generator": ADAMW, "discriminator": ADAMW},
+        half_life=100,
+        compiled=compiled,
+    )
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    hr = torch.randint(256, (4, 3, 48, 48), generator=random, dtype=torch.uint8)
+    return images.downscale(hr, 4), hr
+
+
+def test_steps_learn_without_waiting_for_the_device(processes: distributed.Processes) -> None:
+    networks = build(processes)
+    assert processes.device.type == "cuda"
+    weight = networks.generator.final_conv.pointwise.weight  # type: ignore[union-attr]
+    assert weight.device.type == "cuda"
+    block = networks.generator.upsampler[0].conv.pointwise.weight  # type: ignore
+    assert block.is_contiguous(memory_format=torch.channels_last)
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.benchmark
+    for optimizer in networks.optimizers.values():
+        assert optimizer.param_groups[0]["fused"] is True
+    objective = gan.build_objective(**LOSS, device=processes.device)
+    lr, hr = (x.pin_memory() for x in batch())
+
+    def step(number: int) -> gan.Scalars:
+        return gan.training_step(
+            processes, networks, objective, lr, hr, images_seen=4 * number, images=4
+        )
+
+    first = step(0)
+    fp16 = processes.mixed_precision == "fp16"  # whose scaler looks at what it found in every step
+    torch.cuda.set_sync_debug_mode("default" if fp16 else "error")
+    try:
+        for number in range(1, 12):
+            last = step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < float(last["loss/pixel"]) < float(first["loss/pixel"])
+    assert bool(processes.scaler_state()) == fp16
+
+
+def test_batches_are_copied_ahead(sharded: Path, device: torch.device) -> None:
+    source = stream_of(sharded, last=12)
+    expected = list(stream.batches(source, num_workers=0, pin_memory=False))
+    found = list(stream.on_device(stream.batches(source, num_workers=1, pin_memory=True), device))
+    assert len(found) == len(expected) == 12
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.hr.device.type == mine.lr.device.type == "cuda"
+        assert torch.equal(mine.hr.cpu(), theirs.hr) and torch.equal(mine.lr.cpu(), theirs.lr)
+
+
+@pytest.mark.slow
+def test_compiled_networks_take_the_same_steps() -> None:
+    with distributed.joined("no", seed=0) as processes:
+        losses = {}
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            networks = build(processes, compiled)
+            objective = gan.build_objective(**LOSS, device=processes.device)
+            scalars = gan.training_step(
+                processes, networks, objective, *batch(), images_seen=0, images=4
+            )
+            losses[compiled] = float(scalars["loss/generator"])
+        assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_run_goes_on(recipe: Path, tmp_path: Path, precision: str) -> None:
+    settings = (f"train.mixed_precision={precision}", "train.epochs=2")
+    train.run(load(recipe, *settings, "train.epochs=1"))
+    result = train.run(load(recipe, *settings))
+    assert result is not None and result.means[-1].psnr > result.means[0].psnr - 3
+    assert len(rows(result.folder)) == 2
+    tensors, meta = saved(result.folder)
+    assert meta["step"] == 36
+    assert all(torch.isfinite(value).all() for value in tensors.values())
+
+
+def test_upscaling_is_that_of_a_cpu(device: torch.device, picture: images.Picture) -> None:
+    torch.manual_seed(0)
+    generator = models.build_generator("swift_srgan", scale=4, channels=3, num_blocks=2).eval()
+    expected = upscale.upscale(generator, picture, scale=4, tile=32)
+    prepared = upscale.prepare(copy.deepcopy(generator), device)
+    for engine, most in (("fp32", 1), ("bf16", 16)):
+        found = upscale.upscale(prepared, picture, scale=4, tile=32, engine=engine)
+        assert np.abs(found.astype(int) - expected.astype(int)).max() <= most
+
+
+def test_benchmark_of_a_step() -> None:
+    done = succeed("tools/benchmark.py", "step", "--repetitions", 3, timeout=300)
+    assert "CPU" not in done.stdout.splitlines()[-1]
