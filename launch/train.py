@@ -41,6 +41,9 @@ def parse_arguments() -> argparse.Namespace:
         help="crops per process: sets train.global_batch_size to N times the processes",
     )
     parser.add_argument(
+        "--quiet", action="store_true", help="say nothing but warnings, and the result at the end"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, say what would be done, and end"
     )
     return parser.parse_intermixed_args()
@@ -64,10 +67,12 @@ def main() -> None:
         with said_once_a_node():
             settings = config.load(arguments.config, overrides)
         level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+        if arguments.quiet:
+            level = max(level, logging.WARNING)
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
         logging.getLogger("sr_dist.skipped").setLevel(logging.WARNING)  # on every rank
         with logging_redirect_tqdm():  # messages above the live progress line, not through it
-            result = train.run(settings, dry=arguments.dry_run)
+            result = train.run(settings, dry=arguments.dry_run, quiet=arguments.quiet)
     if result is not None and result.means:
         print_summary(result)
 

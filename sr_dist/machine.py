@@ -1,14 +1,29 @@
-"""What is set once for a process, by the machine that it runs on."""
+"""What this process uses of its machine, and what is set once for it."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
+
+import torch
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _LARGEST = 2**31 - 1
 _TOP_PAD = 64 * 2**20  # bytes that the heap grows by at least
+
+
+def megabytes_in_use() -> dict[str, float]:
+    """`resident`: of this process. `gpu_peak`: of its tensors there, since it began, if any."""
+    found = {}
+    status = Path("/proc/self/statm")
+    if status.exists():  # Linux
+        found["resident"] = int(status.read_text().split()[1]) * resource.getpagesize() / 1e6
+    if torch.cuda.is_available():
+        found["gpu_peak"] = torch.cuda.max_memory_allocated() / 1e6
+    return found
 
 
 def keep_freed_memory() -> bool:

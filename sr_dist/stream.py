@@ -285,7 +285,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     if device.type != "cuda":
         yield from batches
         return
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     copied: Batch | None = None
     for batch in itertools.chain(batches, [None]):
         ready, copied = copied, None

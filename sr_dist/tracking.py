@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from sr_dist import files, images
+from sr_dist import files, images, machine
 
 log = logging.getLogger(__name__)
 skipped_log = logging.getLogger("sr_dist.skipped")  # of its own, since every rank speaks here
@@ -30,6 +31,29 @@ EPOCH_MEANS = {
     "Score_G": "score/sr",
 }
 CSV_COLUMNS = ("Epoch", *EPOCH_MEANS, "PSNR", "SSIM")
+# TensorBoard's page CUSTOM SCALARS: charts by group, and regular expressions for their scalars.
+_LAYOUT = {
+    "quality": {name: [f"{name.lower()}/.*"] for name in ("PSNR", "SSIM", "LPIPS")},
+    "losses": {
+        "generator": ["loss/(generator|pixel|content|adversarial|total_variation)"],
+        "discriminator": ["loss/(discriminator|r1)"],
+    },
+    "scores": {"what the discriminator says of HR and SR": ["score/.*"]},
+    "training": {
+        "learning rates": ["learning_rate/.*"],
+        "lengths of gradients": ["gradient/(generator|discriminator)"],
+        "left out and skipped": ["gradient/left_out", "data/skipped"],
+    },
+    "machine": {
+        "pictures/s": ["speed/pictures_per_second"],
+        "share of time waited for data": ["speed/data_wait_share"],
+        "memory, MB": ["memory/.*"],
+    },
+}
+# The metrics by which its page HPARAMS compares runs.
+_COMPARED = ("psnr/SR", "ssim/SR", "lpips/SR")
+# The sections of the configuration that make the difference, the most telling first.
+_SECTIONS = ("model", "loss", "optimizer", "train", "data")
 
 
 class Tracker:
@@ -45,9 +69,25 @@ class Tracker:
         self.csv = folder / "logs" / "metrics_1_train_results.csv"
         self.rows = [row for row in _read_rows(self.csv) if int(row["Epoch"]) <= first_epoch]
 
-    def config(self, text: str, step: int) -> None:
+    def config(self, text: str, settings: Mapping[str, object], step: int) -> None:
+        """The configuration as text, and its `settings` (dotted key → value) to compare runs by."""
         block = "".join(f"    {line}\n" for line in text.splitlines())
         self.writer.add_text("config", block, step)
+        self.writer.add_custom_scalars(
+            {
+                group: {title: ["Multiline", tags] for title, tags in charts.items()}
+                for group, charts in _LAYOUT.items()
+            }
+        )
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for section in _SECTIONS
+            for key, value in settings.items()
+            if key.startswith(f"{section}.")
+        }
+        # Into the run itself: SummaryWriter.add_hparams would open another one beside it.
+        for part in hparams(plain, dict.fromkeys(_COMPARED, 0.0)):  # type: ignore[no-untyped-call]
+            self.writer._get_file_writer().add_summary(part)  # type: ignore[no-untyped-call]
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -81,7 +121,7 @@ class Silent(Tracker):
     def __init__(self) -> None:
         pass
 
-    def config(self, text: str, step: int) -> None: ...
+    def config(self, text: str, settings: Mapping[str, object], step: int) -> None: ...
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
     def picture(self, name: str, picture: images.Picture, epoch: int, step: int) -> None: ...
     def epoch(self, values: Mapping[str, float | int | str]) -> None: ...
@@ -160,7 +200,8 @@ class Progress:
     def report(self, epoch: str, scalars: Mapping[str, float]) -> dict[str, float]:
         """Show the line, with the losses among `scalars`.
 
-        Returns pictures/s and the share of time waited for data, both since the last report.
+        Returns pictures/s and the share of time waited for data, both since the last report, and
+        the memory in use.
         """
         now = time.perf_counter()
         elapsed = now - self.marked
@@ -188,7 +229,11 @@ class Progress:
                 100 * share,
                 " ".join(f"{name} {value}" for name, value in losses.items()),
             )
-        return {"speed/pictures_per_second": rate, "speed/data_wait_share": share}
+        return {
+            "speed/pictures_per_second": rate,
+            "speed/data_wait_share": share,
+            **{f"memory/{name}": value for name, value in machine.megabytes_in_use().items()},
+        }
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -52,10 +52,11 @@ class Result:
     protocol: dict[str, object]
 
 
-def run(config: Config, dry: bool = False) -> Result | None:
+def run(config: Config, dry: bool = False, quiet: bool = False) -> Result | None:
     """Train as configured, from the newest checkpoint of the run if there is one.
 
-    `dry`: check all that can be checked, say what would be done, and return None.
+    `dry`: check all that can be checked, say what would be done, and return None. `quiet`: without
+    a live progress line.
 
     Raises:
         UserError: the configuration does not fit the data, the machine or the run's checkpoint.
@@ -72,7 +73,7 @@ def run(config: Config, dry: bool = False) -> Result | None:
         folder = Path(config.run.output_dir) / config.run.name / "checkpoints"
         saver = checkpoint.Saver(folder, keep=config.checkpoint.keep, best=config.checkpoint.best)
         with processes.watch.signals(), saver:
-            return _run(config, processes, saver, dry)
+            return _run(config, processes, saver, dry, quiet)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,9 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
     return _Inputs(reading, index, plan, pictures, measured_on, identity, start, first_weights)
 
 
-def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool) -> Result | None:
+def _run(
+    config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool, quiet: bool
+) -> Result | None:
     batch_size, folder = config.train.global_batch_size, saver.folder.parent
     inputs = _check(config, processes, folder)
     processes.wait_for_main("checked")
@@ -203,13 +206,15 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
             means = validation.run(networks.evaluated(), tracking.Silent(), done, first_step)
         processes.wait_for_main("evaluated")
         return Result(folder, means if processes.is_main else [], skipped.count, protocol)
+    changes: list[str] = []
     if processes.is_main:
         size = checkpoint.expected_bytes(networks.weights, networks.optimizers)
         free = checkpoint.check_room(folder, size, config.checkpoint.keep)
         _say_what_will_be_done(config, processes, inputs, networks, (size, free), total_images)
         if start is not None:
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
-            for change in _changes(folder / "config.yaml", config):
+            changes = _changes(folder / "config.yaml", config)
+            for change in changes:
                 log.info("changed since: %s", change)
     batches = _batches(config, processes, inputs, position.place)
     # Shards that cannot be read end it here. There is none where only an evaluation is left to do.
@@ -223,9 +228,11 @@ def _run(config: Config, processes: Processes, saver: checkpoint.Saver, dry: boo
         tracker = tracking.Tracker(
             folder, first_step=first_step, first_epoch=position.place // steps_per_epoch
         )
-        tracker.config(to_yaml(config), first_step)
+        if start is None or changes:
+            text = to_yaml(config)
+            tracker.config(text, settings.flatten(yaml.safe_load(text)), first_step)
     progress = tracking.Progress(
-        total=total_images, done=position.images_seen, visible=processes.is_main
+        total=total_images, done=position.images_seen, visible=processes.is_main and not quiet
     )
 
     skips = config.train.on_nonfinite == "skip"

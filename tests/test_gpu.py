@@ -21,9 +21,7 @@ pytestmark = pytest.mark.gpu
 
 ADAMW = dataclasses.asdict(config.AdamW())
 LOSS = dataclasses.asdict(
-    config.Loss(
-        content=config.Content(weights="none"), adversarial=config.Adversarial(kind="bce")
-    )
+    config.Loss(content=config.Content(weights="none"), adversarial=config.Adversarial(kind="bce"))
 )
 
 
