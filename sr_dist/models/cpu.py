@@ -33,7 +33,8 @@ def enlarge(x: Tensor, pointwise: nn.Conv2d) -> Tensor:
     """
     batch, _, height, width = x.shape
     outputs = pointwise.out_channels // 4
-    weight = pointwise.weight.view(outputs, 4, -1, 1, 1).transpose(0, 1).flatten(0, 1)
+    weight: Tensor = _WithGradientAsItself.apply(pointwise.weight)
+    weight = weight.view(outputs, 4, -1, 1, 1).transpose(0, 1).flatten(0, 1)
     assert pointwise.bias is not None
     bias = pointwise.bias.view(outputs, 4).t().flatten()
     pixels = F.conv2d(x, weight, bias).permute(0, 2, 3, 1)
@@ -84,9 +85,23 @@ class _SeparableToFew(torch.autograd.Function):
         of_point += (total[:, None] * depth_bias).view_as(point)
         return (
             grad_x,
-            # Laid out in memory as the weights are, which DistributedDataParallel counts on.
-            torch.empty_like(depth).copy_(of_depth),
+            torch.empty_like(depth).copy_(of_depth),  # laid out as it is, see below
             (total[:, None] * point[:, :, 0, 0]).sum(0),
             torch.empty_like(point).copy_(of_point),
             total,
         )
+
+
+class _WithGradientAsItself(torch.autograd.Function):
+    """A weight; its gradient is laid out as it is, which DistributedDataParallel counts on."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return torch.empty_like(weight).copy_(grad)

@@ -1,0 +1,191 @@
+"""The files of launch/, as far as they can be tried without a cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from tests.helpers import ACCELERATE, REPOSITORY, contents, free_port, succeed
+from tests.runs import rows, saved
+
+LAUNCH = REPOSITORY / "launch"
+ACCELERATE_FILES = sorted((LAUNCH / "accelerate").glob("*.yaml"))
+# srun: starts the tasks, with the variables of Slurm, and ends with the highest status.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do
+  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+  echo $! >> "$STUBS/ranks"
+done
+worst=0
+for rank in $(jobs -p); do wait "$rank"; status=$?; [ $status -gt $worst ] && worst=$status; done
+exit $worst
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "$@" >> "$STUBS/said"; fi
+"""
+
+
+@pytest.mark.parametrize("path", ACCELERATE_FILES, ids=lambda path: path.stem)
+def test_accelerate_reads_each_file_and_its_comment_says_how(path: Path) -> None:
+    known = load_config_from_file(str(path)).to_dict()
+    given = yaml.safe_load(path.read_text())
+    for key, value in given.items():
+        assert str(getattr(known[key], "value", known[key])) == str(value), key
+    (command, *_) = re.findall(r"^#   (accelerate launch .*)$", path.read_text(), re.MULTILINE)
+    words = command.split()
+    assert words[words.index("--config_file") + 1] == f"launch/accelerate/{path.name}"
+    recipe = words[words.index("--config") + 1]
+    assert (REPOSITORY / recipe).is_file() and "launch/train.py" in words
+
+
+@pytest.mark.multiprocess
+def test_the_file_for_several_machines_trains_on_two_launchers(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """On the CPU of this one machine: a process each."""
+    values = yaml.safe_load((LAUNCH / "accelerate" / "multi_node.yaml").read_text())
+    assert (values["num_machines"], values["num_processes"]) == (2, 16)
+    values |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    values["main_process_port"] = free_port()
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    command = [*ACCELERATE, "launch", "--config_file", str(tmp_path / "two.yaml")]
+    command += ["--main_process_ip", "127.0.0.1"]
+    machines = [
+        subprocess.Popen(
+            [
+                *(*command, "--machine_rank", str(rank), str(LAUNCH / "train.py")),
+                *("--config", str(recipe), "train.epochs=1"),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        said = [machine.communicate(timeout=200)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert saved(tmp_path / "runs" / "small")[1]["world_size"] == 2
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "make_shards.sbatch", "quickstart.sh"])
+def test_scripts_are_sound(name: str) -> None:
+    succeed("bash", "-n", LAUNCH / name)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not here")
+    succeed("shellcheck", "--exclude=SC1091", LAUNCH / name)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """An environment with stubs of Slurm's commands and this Python before others."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    path = f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "STUBS": str(stubs), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.multiprocess
+def test_a_slurm_job_trains_and_goes_back_into_the_queue(
+    recipe: Path, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    slurm |= {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "n[1-2]"}
+    job = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", str(recipe)]
+    folder, stubs = tmp_path / "runs" / "small", Path(slurm["STUBS"])
+    with subprocess.Popen([*job, "train.epochs=300"], cwd=REPOSITORY, env=slurm) as running:
+        deadline = time.monotonic() + 150
+        while not (folder / "logs").exists():  # the end of the first epoch
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.2)
+        for rank in (stubs / "ranks").read_text().split():  # as --signal=USR1@120 does
+            os.kill(int(rank), signal.SIGUSR1)
+        assert running.wait(60) == 75
+    assert (stubs / "said").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
+    _, meta = saved(folder)
+    assert meta["world_size"] == 2 and meta["step"] >= 18  # type: ignore[operator]
+    epochs = meta["step"] // 18 + 1  # type: ignore[operator]
+    done = subprocess.run([*job, f"train.epochs={epochs}"], cwd=REPOSITORY, env=slurm, timeout=200)
+    assert done.returncode == 0 and len(rows(folder)) == epochs
+    assert len((stubs / "said").read_text().splitlines()) == 1
+
+
+@pytest.mark.multiprocess
+def test_an_array_job_writes_the_shards_of_one_machine(
+    photographs: Path, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    pytest.importorskip("distributed", reason="the extra cluster is not installed")
+    options = ["--images", photographs, "--tile", "64", "--samples-per-shard", "40"]
+    succeed("tools/make_shards.py", *options, "--output", tmp_path / "one", "--workers", 1)
+    slurm |= {"SLURM_ARRAY_JOB_ID": str(free_port()), "SLURM_ARRAY_TASK_MIN": "3"}
+    slurm["SLURM_CPUS_PER_TASK"] = "1"
+    job = ["bash", str(LAUNCH / "make_shards.sbatch"), *map(str, options)]
+    job += ["--output", str(tmp_path / "many")]
+    tasks = [
+        subprocess.Popen(
+            job,
+            cwd=REPOSITORY,
+            env={**slurm, "SLURM_ARRAY_TASK_ID": number},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in ("3", "4")
+    ]
+    try:
+        said = [task.communicate(timeout=150)[1] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert not list(REPOSITORY.glob(".dask-*.json"))
+
+
+def test_the_kubernetes_file_is_of_the_published_schema() -> None:
+    """Each object comes back from Kubeflow's own types as it was: nothing in it is unknown to them."""
+    kubeflow = pytest.importorskip(
+        "kubeflow_trainer_api.models", reason="kubeflow-trainer-api is not installed"
+    )
+    documents = list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))
+    found = {document["kind"]: document for document in documents}
+    assert len(found) == len(documents) == 5
+
+    def check(kind: str, value: dict[str, Any]) -> None:
+        assert getattr(kubeflow, kind).from_dict(value).to_dict() == value, kind
+
+    check("TrainerV1alpha1TrainJob", found["TrainJob"])
+    check("TrainerV1alpha1TrainingRuntime", found["TrainingRuntime"])
+    claim = found["PersistentVolumeClaim"]["spec"]
+    check("IoK8sApiCoreV1PersistentVolumeClaimSpec", claim)
+    pod = found["Deployment"]["spec"]["template"]
+    check("IoK8sApiCoreV1PodTemplateSpec", pod)
+    trainer = found["TrainJob"]["spec"]["trainer"]
+    assert (REPOSITORY / trainer["args"][0]).is_file()
+    assert (REPOSITORY / trainer["args"][2]).is_file()
+    claims = re.findall(r"claimName: ([\w-]+)", (LAUNCH / "kubernetes.yaml").read_text())
+    assert set(claims) == {found["PersistentVolumeClaim"]["metadata"]["name"]}
+
+
+def test_the_image_holds_what_is_there() -> None:
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert set(copied) >= {"sr_dist", "launch", "configs", "tools", "setup.cfg"}
+    for name in copied:
+        assert (REPOSITORY / name).exists(), name
