@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -159,7 +160,7 @@ def test_an_array_job_writes_the_shards_of_one_machine(
 
 
 def test_the_kubernetes_file_is_of_the_published_schema() -> None:
-    """Each object comes back from Kubeflow's own types as it was: nothing in it is unknown to them."""
+    """Each object comes back from Kubeflow's own types as it was: they know all that is in it."""
     kubeflow = pytest.importorskip(
         "kubeflow_trainer_api.models", reason="kubeflow-trainer-api is not installed"
     )
@@ -189,3 +190,24 @@ def test_the_image_holds_what_is_there() -> None:
     assert set(copied) >= {"sr_dist", "launch", "configs", "tools", "setup.cfg"}
     for name in copied:
         assert (REPOSITORY / name).exists(), name
+
+
+def test_the_table_of_efficiencies_follows_from_its_formula() -> None:
+    page = (LAUNCH / "README.md").read_text()
+    links = {"NVLink": (400e9, 5e-6), "100 GbE": (12.5e9, 20e-6)}
+    generator, heads = 200_121, {"linear": (19_413_279, 3), "gap": (1_063_199, 2)}
+    checked = 0
+    for link, head, compressed, *cells in re.findall(
+        r"^\| (NVLink|100 GbE), (linear|gap)(, `gradient_compression: bf16`)? \| "
+        r"([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$",
+        page,
+        re.MULTILINE,
+    ):
+        (bandwidth, latency), (numbers, messages) = links[link], heads[head]
+        size = (generator + numbers) * (2 if compressed else 4)
+        for ranks, cell in zip((8, 64, 512), cells, strict=True):
+            sent = 2 * (ranks - 1) / ranks * size / bandwidth
+            sent += messages * 2 * math.log2(ranks) * latency
+            assert float(cell) == pytest.approx(100 * 0.02 / (0.02 + sent), abs=0.051)
+            checked += 1
+    assert checked == 15
