@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from sr_dist import checkpoint, files, model_files, models, weights
 from sr_dist.errors import UserError
 
+SHIPPED = Path(__file__).resolve().parent / "shipped"  # a folder for each model in the package
 EXTRA, BITS = "sr_dist", "sr_dist_bits"  # what our .pth.tar files carry beside "model"
+
+
+def shipped() -> list[str]:
+    """The names of the models in the package, which `load` opens."""
+    return sorted(path.name for path in SHIPPED.glob("*") if model_files.is_folder(path))
 
 
 def save_published(
@@ -35,8 +41,8 @@ def load(path: Path | str, revision: str | None = None) -> tuple[nn.Module, dict
 
     `path`: a run's folder or one of its checkpoints (the averaged weights where there are some), a
     `.pth.tar` in the published format, ours or another's, a folder or `.safetensors` file that
-    `export` wrote, or `owner/name`, a Hugging Face repository with what is in such a folder.
-    `revision`: that repository's branch, tag or commit.
+    `export` wrote, the name of a model in the package (`shipped`), or `owner/name`, a Hugging Face
+    repository with what is in such a folder. `revision`: that repository's branch, tag or commit.
 
     Raises:
         UserError: there is none, or its weights do not fit.
@@ -59,6 +65,7 @@ def bits_of(path: Path) -> int | None:
         UserError: what `load` raises.
     """
     bits: object = None
+    path = _in_package(path)
     if path.suffix == model_files.SUFFIX and (path.parent / checkpoint.META).is_file():
         path = path.parent  # of a checkpoint's own file, which has no header, the checkpoint tells
     if model_files.is_folder(path) or path.suffix == model_files.SUFFIX:
@@ -98,6 +105,7 @@ def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """The state dict of a generator, its description, and what messages call its place."""
+    path = _in_package(path)
     repository = None if path.exists() else model_files.repository(path)
     if repository is not None:
         where = f"{repository} (Hugging Face)"
@@ -119,8 +127,14 @@ def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], d
         return *_read_published(path), str(path)
     raise UserError(
         f"{path} does not exist; expected a run's folder, a checkpoint's, an exported model's, a "
-        ".pth.tar or .safetensors file, or owner/name on Hugging Face"
+        ".pth.tar or .safetensors file, owner/name on Hugging Face, or a model of the package "
+        f"({', '.join(shipped()) or 'none'})"
     )
+
+
+def _in_package(path: Path) -> Path:
+    """The folder of the model that `path` names, if it is one of the package and no path here."""
+    return SHIPPED / path if not path.exists() and str(path) in shipped() else path
 
 
 def _read_published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -12,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, contents, succeed
 
 # A module may import those of lower levels alone.
 LEVELS = [
-    {"errors", "watch", "files", "ranks"},
+    {"errors", "watch", "files", "ranks", "machine"},
     {"remote"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},
@@ -36,7 +38,7 @@ def modules() -> dict[str, list[ast.stmt]]:
     found: dict[str, list[ast.stmt]] = {}
     for path in sorted((REPOSITORY / "sr_dist").rglob("*.py")):
         name = path.relative_to(REPOSITORY / "sr_dist").parts[0].removesuffix(".py")
-        if name != "__init__":
+        if name not in ("__init__", "__main__"):  # which is a command
             found.setdefault(name, []).extend(ast.parse(path.read_text()).body)
     return found
 
@@ -141,7 +143,31 @@ def test_the_version_is_that_of_the_installed_package() -> None:
     assert sr_dist.__version__ == metadata.version("sr_dist")
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart.sh", "tests/run.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["tests/run.sh", ".ci/run"])
 def test_scripts_are_sound_shell(script: str) -> None:
     done = subprocess.run(["bash", "-n", REPOSITORY / script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_holds_what_it_needs(tmp_path: Path) -> None:
+    """Built, laid into a folder of its own, and used from there, away from this repository."""
+    pip = [sys.executable, "-m", "pip"]
+    isolated = [] if importlib.util.find_spec("setuptools") is None else ["--no-build-isolation"]
+    source = tmp_path / "source"
+    left_out = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    shutil.copytree(REPOSITORY / "sr_dist", source / "sr_dist", ignore=left_out)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    succeed(*pip, "wheel", source, "--no-deps", *isolated, "-w", tmp_path, timeout=200)
+    (wheel,) = tmp_path.glob("sr_dist-*.whl")
+    succeed(*pip, "install", "--no-deps", "--target", tmp_path / "installed", wheel)
+    packed = contents(tmp_path / "installed" / "sr_dist")
+    held = contents(source / "sr_dist")
+    assert {name: packed.get(name) for name in held} == held, "every file of the package is in it"
+    done = succeed(
+        *(sys.executable, "-m", "sr_dist"), cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed")
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"sr_dist {metadata.version('sr_dist')}"
+    assert any(re.match(r"  CPU, \d+ processors", line) for line in lines)
+    assert "  sample   installed" in lines and any("bf16" in line for line in lines)
