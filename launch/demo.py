@@ -166,10 +166,10 @@ def build(gradio, models, folder, arguments):  # type: ignore[no-untyped-def]
                 left = gradio.Radio(list(LEFT), value=LEFT[0], label="Left of the slider")
                 download = gradio.DownloadButton("Download the result")
             with gradio.Column(scale=3):
+                said = gradio.Markdown()
                 slider = gradio.ImageSlider(
                     label="Result", format="png", type="numpy", interactive=False, max_height=900
                 )
-                said = gradio.Markdown()
         for component in (picture, model, left):
             component.change(
                 enlarge, [picture, model, left], [slider, download, said], api_name=False
