@@ -17,6 +17,11 @@ from tests.helpers import SHARED
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: begun last, it would run on alone."""
+    items.sort(key=lambda item: item.path.stem != "test_soak")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Benchmark pictures and published weights that lie beside the project on some machines."""
