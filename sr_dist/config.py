@@ -71,6 +71,11 @@ class Data:
     crop_size: int = setting(96, "side of the HR training crop, pixels", minimum=16)
     crops_per_image: int = setting(4, "crops taken from one decoded tile per epoch", minimum=1)
     degradation: Degradation = dataclasses.field(default_factory=Degradation)
+    decode: str = setting(
+        "cpu",
+        "cpu: pictures are decoded by the loader processes; nvjpeg: shards of JPEGs by the GPU",
+        choices=("cpu", "nvjpeg"),
+    )
     num_workers: int = setting(
         2, "loader processes per rank; 0 loads in the rank itself", minimum=0
     )
@@ -393,6 +398,11 @@ def _contradictions(config: Config) -> list[str]:
             f"data.crop_size: {config.data.crop_size} is not a multiple of data.scale "
             f"({config.data.scale})"
         )
+    if config.data.decode == "nvjpeg":
+        if config.data.channels != 3:
+            problems.append("data.decode: nvjpeg is for colour pictures, and data.channels is 1")
+        if config.data.degradation != type(config.data.degradation)():
+            problems.append("data.decode: nvjpeg leaves no room for data.degradation; use cpu")
     for name, (low, high) in dataclasses.asdict(config.data.degradation).items():
         if low > high:
             problems.append(

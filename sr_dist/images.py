@@ -279,22 +279,38 @@ def save(picture: Picture, path: Path, profile: bytes | None = None) -> None:
     files.write_whole(path, buffer.getvalue())
 
 
-def random_crop(
-    picture: Picture | DeepPicture, size: int, random: np.random.Generator
-) -> Picture | DeepPicture:
-    """A (size, size, C) view at a random place in one of the square's eight symmetries."""
-    height, width, _ = picture.shape
+class Crop(NamedTuple):
+    """A square part of a picture, in one of the square's eight symmetries."""
+
+    top: int
+    left: int
+    size: int
+    symmetry: int  # bits: 1 mirrors left and right, 2 top and bottom, then 4 exchanges the two
+
+    def of(self, picture: Picture | DeepPicture) -> Picture | DeepPicture:
+        """(H, W, C) → a view (size, size, C)."""
+        crop = picture[self.top : self.top + self.size, self.left : self.left + self.size]
+        if self.symmetry & 1:
+            crop = crop[:, ::-1]
+        if self.symmetry & 2:
+            crop = crop[::-1]
+        if self.symmetry & 4:
+            crop = crop.transpose(1, 0, 2)
+        return crop
+
+    def of_tensor(self, picture: Tensor) -> Tensor:
+        """(C, H, W) → (C, size, size), on the same device."""
+        crop = picture[:, self.top : self.top + self.size, self.left : self.left + self.size]
+        mirrored = [axis for axis, bit in ((2, 1), (1, 2)) if self.symmetry & bit]
+        crop = crop.flip(mirrored) if mirrored else crop
+        return crop.transpose(1, 2) if self.symmetry & 4 else crop
+
+
+def random_crop(height: int, width: int, size: int, random: np.random.Generator) -> Crop:
+    """Anywhere in a picture of that size, which is `size` pixels or more on each side."""
     top = int(random.integers(height - size + 1))
     left = int(random.integers(width - size + 1))
-    crop = picture[top : top + size, left : left + size]
-    symmetry = int(random.integers(8))
-    if symmetry & 1:
-        crop = crop[:, ::-1]
-    if symmetry & 2:
-        crop = crop[::-1]
-    if symmetry & 4:
-        crop = crop.transpose(1, 0, 2)
-    return crop
+    return Crop(top, left, size, int(random.integers(8)))
 
 
 def crop_to_multiple(picture: AnyPicture, scale: int) -> AnyPicture:
@@ -332,7 +348,10 @@ def downscale(hr: Tensor, scale: int) -> Tensor:
     """
     height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
     assert (height * scale, width * scale) == hr.shape[-2:], "HR must be a multiple of the scale"
-    return F.interpolate(hr, size=(height, width), mode="bicubic", antialias=True)
+    if hr.device.type == "cpu":
+        return F.interpolate(hr, size=(height, width), mode="bicubic", antialias=True)
+    values = F.interpolate(hr.float(), size=(height, width), mode="bicubic", antialias=True)
+    return values.clamp(0, 255).round().to(torch.uint8)  # GPUs have it of floats alone
 
 
 def reduce(picture: Picture | DeepPicture, factor: int) -> Picture | DeepPicture:

@@ -24,11 +24,27 @@ from sr_dist import images, shard_reader, shards, storage, tars
 from sr_dist.degradation import Degradation, degrade
 from sr_dist.errors import UserError
 
+_JPEG = b"\xff\xd8\xff"  # how one begins
+
 
 class Batch(NamedTuple):
     lr: Tensor  # (B, C, H, W) uint8
     hr: Tensor  # (B, C, sH, sW) uint8
     skipped: tuple[str, ...]  # samples that gave way to others, and why
+
+
+class EncodedCrop(NamedTuple):
+    """A crop of a JPEG that has not been decoded."""
+
+    data: bytes
+    crop: images.Crop
+
+
+class Encoded(NamedTuple):
+    """What becomes a `Batch` on the device, see `on_device`."""
+
+    crops: tuple[EncodedCrop, ...]
+    skipped: tuple[str, ...]
 
 
 class DataError(UserError):
@@ -39,8 +55,9 @@ class DataError(UserError):
 class CropStream(IterableDataset[Any]):
     """Yields the rows of global steps `first_step` to `last_step` that belong to this worker.
 
-    Each item is a `Batch`, or a `DataError` in place of raising it: an exception that crosses
-    processes loses its type. Make batches of them with `batches`.
+    Each item is a `Batch` (`Encoded` where `decode` is nvjpeg), or a `DataError` in place of
+    raising it: an exception that crosses processes loses its type. Make batches of them with
+    `batches`.
     """
 
     index: shards.Index
@@ -56,8 +73,9 @@ class CropStream(IterableDataset[Any]):
     last_step: int
     on_error: str = "stop"  # or skip: another sample takes the place of one that cannot be used
     settings: storage.Settings = storage.DEFAULT
+    decode: str = "cpu"  # or nvjpeg: JPEGs are left for the device to decode
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
+    def __iter__(self) -> Iterator[Batch | Encoded | DataError]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         rows = shards.rows_of_worker(
@@ -69,6 +87,10 @@ class CropStream(IterableDataset[Any]):
         try:
             for _ in range(self.first_step, self.last_step):
                 crops = [next(lane) for lane in lanes]
+                if self.decode == "nvjpeg":
+                    encoded = tuple(crop.hr for crop in crops if isinstance(crop.hr, EncodedCrop))
+                    yield Encoded(encoded, reader.report())
+                    continue
                 hr = images.to_batch([crop.hr for crop in crops])
                 if self.degradation.does_something:
                     lr = images.to_batch(
@@ -83,8 +105,15 @@ class CropStream(IterableDataset[Any]):
 
 @dataclasses.dataclass(frozen=True)
 class _Crop:
-    hr: images.Picture
+    hr: Any  # a picture (size, size, C), or an EncodedCrop
     random: np.random.Generator  # for what else is drawn for this crop
+
+
+@dataclasses.dataclass(frozen=True)
+class _Jpeg:
+    data: bytes
+    height: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +123,9 @@ class _Member:
     shard: int
     number: int  # in its shard
     sample: tars.Sample
+
+
+_Decoded = images.Picture | images.DeepPicture | _Jpeg
 
 
 class _Reader:
@@ -135,15 +167,19 @@ class _Reader:
                 number = int(self.first_of_shard[members[sample].shard]) + members[sample].number
                 for later in range(crop, self.plan.crops_per_image):
                     random = np.random.default_rng([self.plan.seed, epoch, number, later])
-                    cut = images.random_crop(picture, self.stream.crop_size, random)
-                    # A copy, since a view would keep the whole picture.
-                    hr = images.to_8_bits(cut.copy(), self.stream.bits)
-                    kept[sample, later] = _Crop(hr, random)
+                    kept[sample, later] = self._cut(picture, random)
             yield kept.pop((sample, crop))
 
-    def _picture(
-        self, members: list[_Member], sample: int, told: bool
-    ) -> images.Picture | images.DeepPicture:
+    def _cut(self, picture: _Decoded, random: np.random.Generator) -> _Crop:
+        size = self.stream.crop_size
+        if isinstance(picture, _Jpeg):
+            crop = images.random_crop(picture.height, picture.width, size, random)
+            return _Crop(EncodedCrop(picture.data, crop), random)
+        crop = images.random_crop(picture.shape[0], picture.shape[1], size, random)
+        # A copy, since a view would keep the whole picture.
+        return _Crop(images.to_8_bits(crop.of(picture).copy(), self.stream.bits), random)
+
+    def _picture(self, members: list[_Member], sample: int, told: bool) -> _Decoded:
         """A member's picture, or in its place the next one's of the window, or another shard's.
 
         Which one depends on nothing but the plan and the bytes of the shards. `told`: a member that
@@ -206,8 +242,9 @@ class _Reader:
                     "from the last checkpoint."
                 ) from None
 
-    def _decode(self, member: _Member) -> images.Picture | images.DeepPicture:
-        """
+    def _decode(self, member: _Member) -> _Decoded:
+        """A member's picture; of a JPEG that the device is to decode, its size.
+
         Raises:
             DataError: the sample cannot be used.
         """
@@ -215,6 +252,10 @@ class _Reader:
         if sample.problem:
             raise self._error(member, sample.problem)
         try:
+            if stream.decode == "nvjpeg":
+                jpeg = self._jpeg(member)
+                self._check_size(member, jpeg.height, jpeg.width)
+                return jpeg
             picture = images.decode(sample.picture, stream.channels)
         except images.PictureError as error:
             raise self._error(member, str(error)) from None
@@ -223,11 +264,24 @@ class _Reader:
                 f"holds values up to {picture.max()}, for which data.bits {stream.bits} are too few"
             )
             raise self._error(member, what)
-        if min(picture.shape[:2]) < stream.crop_size:
-            size = f"{picture.shape[1]}x{picture.shape[0]}"
-            what = f"is {size} pixels, smaller than data.crop_size {stream.crop_size}"
-            raise self._error(member, what)
+        self._check_size(member, picture.shape[0], picture.shape[1])
         return picture
+
+    def _jpeg(self, member: _Member) -> _Jpeg:
+        data = member.sample.picture
+        if not data.startswith(_JPEG):
+            what = "is no JPEG, which data.decode=nvjpeg needs (make_shards.py --encode jpeg)"
+            raise self._error(member, what)
+        header = images.header(data)
+        if header.channels != 3:
+            raise self._error(member, "is gray, which data.decode=nvjpeg does not take")
+        return _Jpeg(data, header.height, header.width)
+
+    def _check_size(self, member: _Member, height: int, width: int) -> None:
+        least = self.stream.crop_size
+        if min(height, width) < least:
+            what = f"is {width}x{height} pixels, smaller than data.crop_size {least}"
+            raise self._error(member, what)
 
     def _error(self, member: _Member, what: str) -> DataError:
         key = member.sample.key
@@ -241,7 +295,7 @@ class _Reader:
         return DataError(f"shard {address}{said}" + advice * (self.stream.on_error == "stop"))
 
 
-def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[Batch | Encoded]:
     """This rank's batches: one from the rows that each of its loader workers makes.
 
     Raises:
@@ -261,14 +315,8 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         for _ in range(stream.first_step, stream.last_step):
             # Workers take turns, so consecutive items are the parts of one batch.
             rows = [_checked(next(parts)) for _ in range(max(1, num_workers))]
-            batch = rows[0]
-            if len(rows) > 1:
-                batch = Batch(
-                    torch.cat([row.lr for row in rows]),
-                    torch.cat([row.hr for row in rows]),
-                    tuple(itertools.chain.from_iterable(row.skipped for row in rows)),
-                )
-            if pin_memory:  # after the joining, which would undo what the loader pins
+            batch = _joined(rows)
+            if pin_memory and isinstance(batch, Batch):  # which the joining would undo
                 batch = batch._replace(lr=batch.lr.pin_memory(), hr=batch.hr.pin_memory())
             yield batch
     finally:
@@ -277,13 +325,48 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         del parts
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _joined(rows: list[Batch | Encoded]) -> Batch | Encoded:
+    skipped = tuple(itertools.chain.from_iterable(row.skipped for row in rows))
+    if isinstance(rows[0], Encoded):
+        encoded = [row.crops for row in rows if isinstance(row, Encoded)]
+        return Encoded(tuple(itertools.chain.from_iterable(encoded)), skipped)
+    if len(rows) == 1:
+        return rows[0]
+    decoded = [row for row in rows if isinstance(row, Batch)]
+    lr, hr = (torch.cat([getattr(row, name) for row in decoded]) for name in ("lr", "hr"))
+    return Batch(lr, hr, skipped)
+
+
+def decoded(batch: Encoded, device: torch.device, scale: int) -> Batch:
+    """The crops of JPEGs, decoded on `device`: by nvJPEG on a GPU.
+
+    Raises:
+        DataError: one of them is damaged behind its header.
+    """
+    from torchvision import io  # at need: slow to import
+
+    data = [torch.frombuffer(bytearray(crop.data), dtype=torch.uint8) for crop in batch.crops]
+    try:
+        pictures = io.decode_jpeg(data, mode=io.ImageReadMode.RGB, device=device)
+    except RuntimeError as error:
+        raise DataError(f"one of {len(data)} JPEGs cannot be decoded on the GPU: {error}") from None
+    cut = [
+        each.crop.of_tensor(picture) for each, picture in zip(batch.crops, pictures, strict=True)
+    ]
+    hr = torch.stack(cut).contiguous(memory_format=torch.channels_last)
+    return Batch(images.downscale(hr, scale), hr, batch.skipped)
+
+
+def on_device(
+    batches: Iterator[Batch | Encoded], device: torch.device, scale: int
+) -> Iterator[Batch]:
     """The batches on `device`; on a GPU each is copied while the one before it is trained on.
 
-    What `batches` gives should be pinned, or the copies wait.
+    What `batches` gives should be pinned, or the copies wait. `scale`: of what is decoded there.
     """
     if device.type != "cuda":
-        yield from batches
+        for each in batches:
+            yield decoded(each, device, scale) if isinstance(each, Encoded) else each
         return
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     copied: Batch | None = None
@@ -296,13 +379,16 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
                 tensor.record_stream(now)
         if batch is not None:
             with torch.cuda.stream(side):
-                lr, hr = (x.to(device, non_blocking=True) for x in (batch.lr, batch.hr))
-            copied = batch._replace(lr=lr, hr=hr)
+                if isinstance(batch, Encoded):
+                    copied = decoded(batch, device, scale)
+                else:
+                    lr, hr = (x.to(device, non_blocking=True) for x in (batch.lr, batch.hr))
+                    copied = batch._replace(lr=lr, hr=hr)
         if ready is not None:
             yield ready
 
 
-def _checked(item: Batch | DataError) -> Batch:
+def _checked(item: Batch | Encoded | DataError) -> Batch | Encoded:
     if isinstance(item, DataError):
         raise item
     return item

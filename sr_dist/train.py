@@ -107,6 +107,8 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
         )
     if config.loss.adversarial.r1_weight and processes.mixed_precision == "fp16":
         raise UserError("loss.adversarial.r1_weight loses its gradient in fp16; use bf16 or no")
+    if data.decode == "nvjpeg" and processes.device.type != "cuda":
+        raise UserError("data.decode=nvjpeg needs a GPU, and none is here; use data.decode=cpu")
     reading = storage.Settings(
         attempts=config.stream.attempts,
         timeout=config.stream.timeout,
@@ -443,11 +445,12 @@ def _batches(
             last_step=inputs.plan.steps_per_epoch * config.train.epochs,
             on_error=config.stream.on_error,
             settings=inputs.reading,
+            decode=data.decode,
         ),
         num_workers=data.num_workers,
         pin_memory=processes.device.type == "cuda",
     )
-    return stream.on_device(batches, processes.device)
+    return stream.on_device(batches, processes.device, data.scale)
 
 
 def _say_what_will_be_done(

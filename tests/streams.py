@@ -31,6 +31,7 @@ def stream_of(
     degradation: Degradation = NONE,
     on_error: str = "stop",
     settings: storage.Settings = storage.DEFAULT,
+    decode: str = "cpu",
 ) -> stream.CropStream:
     index = shards.read_index(str(folder), settings)
     plan = shards.make_plan(
@@ -50,6 +51,7 @@ def stream_of(
         last_step=last,
         on_error=on_error,
         settings=settings,
+        decode=decode,
     )
 
 

@@ -12,10 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import config, distributed, gan, images, models, stream, train, upscale
+from sr_dist import (
+    config,
+    distributed,
+    gan,
+    images,
+    models,
+    shard_writer,
+    stream,
+    train,
+    upscale,
+)
 from tests.helpers import succeed
 from tests.runs import load, rows, saved
-from tests.streams import stream_of
+from tests.streams import read_batches, stream_of
 
 pytestmark = pytest.mark.gpu
 
@@ -90,11 +100,25 @@ def test_steps_learn_without_waiting_for_the_device(processes: distributed.Proce
 def test_batches_are_copied_ahead(sharded: Path, device: torch.device) -> None:
     source = stream_of(sharded, last=12)
     expected = list(stream.batches(source, num_workers=0, pin_memory=False))
-    found = list(stream.on_device(stream.batches(source, num_workers=1, pin_memory=True), device))
+    ahead = stream.batches(source, num_workers=1, pin_memory=True)
+    found = list(stream.on_device(ahead, device, 4))
     assert len(found) == len(expected) == 12
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.hr.device.type == mine.lr.device.type == "cuda"
         assert torch.equal(mine.hr.cpu(), theirs.hr) and torch.equal(mine.lr.cpu(), theirs.lr)
+
+
+def test_jpegs_are_decoded_there(photographs: Path, tmp_path: Path, device: torch.device) -> None:
+    options = shard_writer.Options(tile=96, encode="jpeg", samples_per_shard=20)
+    shard_writer.write(images.list_pictures(photographs), tmp_path, options)
+    expected = read_batches(tmp_path, last=6)
+    source = stream_of(tmp_path, last=6, decode="nvjpeg")
+    encoded = stream.batches(source, num_workers=1, pin_memory=True)
+    for mine, theirs in zip(stream.on_device(encoded, device, 4), expected, strict=True):
+        assert mine.hr.device.type == "cuda"
+        difference = (mine.hr.cpu().int() - theirs.hr.int()).abs().float()
+        assert difference.mean() < 1
+        assert (mine.lr.cpu().int() - images.downscale(mine.hr.cpu(), 4).int()).abs().max() <= 1
 
 
 @pytest.mark.slow

@@ -114,7 +114,12 @@ def test_encode_jpeg_is_close(picture: images.Picture) -> None:
 
 def test_random_crop_takes_all_places_and_symmetries() -> None:
     picture = np.arange(5 * 6, dtype=np.uint8).reshape(5, 6, 1)
-    crops = {images.random_crop(picture, 4, np.random.default_rng(n)).tobytes() for n in range(600)}
+    crops = set()
+    for seed in range(600):
+        crop = images.random_crop(5, 6, 4, np.random.default_rng(seed))
+        crops.add(crop.of(picture).tobytes())
+        of_tensor = crop.of_tensor(torch.from_numpy(picture).permute(2, 0, 1))
+        assert np.array_equal(of_tensor.permute(1, 2, 0).numpy(), crop.of(picture))
     expected = set()
     for top in range(2):
         for left in range(3):

@@ -30,8 +30,38 @@ def test_crops_are_those_that_the_plan_names(sharded: Path) -> None:
         for row, (shard, sample, crop) in enumerate(shards.samples_of_step(plan, step)):
             data = list(shard_reader.read_samples(index.address(shard)))[sample].picture
             random = np.random.default_rng([3, 0, int(firsts[shard]) + sample, crop])
-            expected = images.random_crop(images.decode(data, 3), 48, random)
+            picture = images.decode(data, 3)
+            expected = images.random_crop(*picture.shape[:2], 48, random).of(picture)
             assert np.array_equal(images.to_pictures(hr)[row], expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_jpegs_can_be_left_for_the_device_to_decode(
+    photographs: Path, tmp_path: Path, num_workers: int
+) -> None:
+    """Here the CPU: the same crops, as torchvision decodes them."""
+    options = shard_writer.Options(tile=96, encode="jpeg", samples_per_shard=20)
+    shard_writer.write(images.list_pictures(photographs), tmp_path, options)
+    expected = read_batches(tmp_path)
+    source = stream_of(tmp_path, decode="nvjpeg")
+    encoded = list(stream.batches(source, num_workers=num_workers, pin_memory=False))
+    assert all(isinstance(batch, stream.Encoded) and len(batch.crops) == 6 for batch in encoded)
+    found = list(stream.on_device(iter(encoded), torch.device("cpu"), 4))
+    assert len(found) == len(expected) == 6
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.hr.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(mine.lr, images.downscale(mine.hr, 4))
+        difference = (mine.hr.int() - theirs.hr.int()).abs()
+        assert difference.max() <= 3 and difference.float().mean() < 0.1
+    crop = encoded[0].crops[0]
+    broken = stream.Encoded((crop._replace(data=crop.data[:200]),), ())
+    with pytest.raises(stream.DataError, match="one of 1 JPEGs cannot be decoded on the GPU"):
+        stream.decoded(broken, torch.device("cpu"), 4)
+
+
+def test_other_pictures_cannot_be_left_for_it(sharded: Path) -> None:
+    with pytest.raises(UserError, match="is no JPEG, which data.decode=nvjpeg needs"):
+        read_batches(sharded, decode="nvjpeg")
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
