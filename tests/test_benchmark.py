@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
-from tests.helpers import refuse, succeed
+from sr_dist import gan
+from sr_dist.distributed import joined
+from tests.helpers import REPOSITORY, refuse, succeed
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+from benchmarks import measuring, original, step  # noqa: E402
 
 
 def test_step_prints_one_json_object_last() -> None:
@@ -32,3 +44,81 @@ def test_impossible_sizes_are_refused() -> None:
     command = ("tools/benchmark.py", "step")
     assert "--repetitions: expected 1 or more" in refuse(*command, "--repetitions", 0)
     assert "--crop-size: expected a multiple of 4" in refuse(*command, "--crop-size", 50)
+
+
+def test_the_reference_does_the_same_mathematics() -> None:
+    """The generator's gradients of the first step, behind an update of the discriminator."""
+    lr, hr = step.random_batch(3, 48, 4)
+    with joined("no", seed=0) as processes:
+        networks = step.build_networks(processes, 4)
+        objective = gan.build_objective(**step.LOSSES, device=processes.device)
+        assert objective.content is not None
+        theirs = original.Networks(
+            processes.device,
+            4,
+            generator=copy.deepcopy(networks.generator).to(memory_format=torch.contiguous_format),
+            features=copy.deepcopy(objective.content.features.features),  # type: ignore
+        )
+        assert networks.discriminator is not None
+        theirs.discriminator.load_state_dict(networks.discriminator.state_dict())
+        scalars = step.our_step(processes, networks, objective)(lr, hr)
+        loss_d, loss_g, real, fake = original.step(theirs, processes.device)(lr, hr)
+        ours = {name: p.grad for name, p in networks.generator.named_parameters()}
+    assert float(scalars["loss/discriminator"]) == pytest.approx(loss_d, rel=1e-4)
+    assert float(scalars["loss/generator"]) == pytest.approx(loss_g, rel=1e-4)
+    assert float(scalars["score/hr"]) == pytest.approx(real, rel=1e-4)
+    compared = 0
+    for name, parameter in theirs.generator.named_parameters():
+        if ours[name] is not None:
+            assert parameter.grad is not None
+            largest = float(parameter.grad.abs().max())
+            assert largest > 0
+            assert torch.allclose(ours[name], parameter.grad, rtol=1e-2, atol=1e-3 * largest), name
+            compared += 1
+    assert compared > 100
+
+
+@contextlib.contextmanager
+def contender(name: str, folder: str) -> Iterator[Callable[[], object]]:
+    """Notes its turns, and the process that they are in."""
+
+    def turn() -> None:
+        with open(f"{folder}/turns", "a") as file:
+            file.write(f"{name} {os.getpid()}\n")
+        time.sleep(0.02 if name == "ours" else 0.06)
+
+    yield turn
+
+
+def test_contenders_take_turns_in_processes_of_their_own(tmp_path: object) -> None:
+    makers = {name: (contender, (name, str(tmp_path))) for name in ("ours", "reference")}
+    timings = measuring.take_turns_in_processes(makers, repetitions=3)
+    lines = [line.split() for line in open(f"{tmp_path}/turns").read().splitlines()]
+    assert [name for name, _ in lines] == ["ours", "reference"] * 5, "two of five are not timed"
+    processes = {(name, process) for name, process in lines}
+    assert len(processes) == 2 and str(os.getpid()) not in dict(processes).values()
+    assert [len(its) for its in timings.values()] == [3, 3]
+    assert 0.02 <= min(timings["ours"]) and 0.06 <= min(timings["reference"])
+
+
+def test_what_is_reported_of_timings() -> None:
+    cases = {"a": ([1.0, 4.0, 2.0], [1.0, 0.5, 9.0]), "b": ([3.0], [6.0])}
+    found = measuring.summary("x", cases, "things/s", more_is_better=True)
+    assert found["ours"] == {"a": 2.0, "b": 3.0} and found["reference"] == {"a": 1.0, "b": 6.0}
+    assert found["ratio"] == {"a": 2.0, "b": 0.5} and found["unit"] == "things/s"
+    assert found["spread"]["a"] == {"ours": [1.0, 4.0], "reference": [0.5, 9.0]}  # type: ignore[index]
+    seconds = measuring.summary("x", {"x": ([2.0], [5.0])}, "s", more_is_better=False)
+    assert (seconds["ours"], seconds["reference"], seconds["ratio"]) == (2.0, 5.0, 2.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", "upscale", "scaling", "startup"])
+def test_the_longer_measurements(what: str) -> None:
+    """That they end, and hold what the contract says; how fast is for a quiet machine."""
+    done = succeed("tools/benchmark.py", what, "--repetitions", 1, timeout=900)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["what"] == what and result["commit"] and result["device"]
+    for field in ("ours", "reference", "ratio"):
+        value = result[field]
+        values = value.values() if isinstance(value, dict) else [value]
+        assert values and all(number > 0 for number in values)
