@@ -4,8 +4,10 @@
 import argparse
 import logging
 import os
+import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from sr_dist.errors import UserError, exit_on_user_error
@@ -19,6 +21,7 @@ Then open the address that it prints. Drop a picture: it is enlarged, and shown 
 makes of it, with a slider between the two; the result can be downloaded. Only this machine reaches
 the page, unless --host says otherwise; nothing is sent anywhere. Needs pip install 'sr_dist[demo]'.
 """
+_KEPT = 600  # seconds that a result can be downloaded
 LEFT = ("bicubic", "LR, its pixels")
 
 
@@ -125,11 +128,11 @@ def build(gradio, models, folder, arguments):  # type: ignore[no-untyped-def]
         generator, description, bits = models[name]
         scale, channels = description["scale"], description["channels"]
         try:
-            header = images.header(Path(path))
-            if header.height * header.width > arguments.max_pixels:
+            pixels = images.pixels(Path(path))
+            if pixels > arguments.max_pixels:
                 refuse(
-                    f"The picture is {header.width}x{header.height} pixels; at most "
-                    f"{arguments.max_pixels:,} are enlarged here (--max-pixels)."
+                    f"The picture has {pixels:,} pixels; at most {arguments.max_pixels:,} are "
+                    "enlarged here (--max-pixels)."
                 )
             lr = shown(images.decode_with_alpha(Path(path), bits)[0])
             result = upscale.upscale_any(
@@ -142,10 +145,13 @@ def build(gradio, models, folder, arguments):  # type: ignore[no-untyped-def]
             )
         except images.PictureError as error:
             refuse(f"This file {error}.")
+        for old in folder.iterdir():
+            if time.time() - old.stat().st_mtime > _KEPT:
+                shutil.rmtree(old, ignore_errors=True)
         target = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(path).stem}_x{scale}.png"
         images.save(result, target, images.colour_profile(Path(path)))
         method = "bicubic" if left == LEFT[0] else "nearest"
-        size = f"{header.width}x{header.height} → {result.shape[1]}x{result.shape[0]}"
+        size = f"{lr.shape[1]}x{lr.shape[0]} → {result.shape[1]}x{result.shape[0]}"
         said = f"{size}. Left: {left}. Right: {name}."
         pair = (images.enlarge(lr, scale, method), shown(result[..., : min(3, result.shape[2])]))
         return pair, str(target), said
@@ -172,7 +178,10 @@ def build(gradio, models, folder, arguments):  # type: ignore[no-untyped-def]
                 )
         for component in (picture, model, left):
             component.change(
-                enlarge, [picture, model, left], [slider, download, said], api_name=False
+                enlarge,
+                [picture, model, left],
+                [slider, download, said],
+                api_visibility="private",
             )
     return page
 

@@ -93,8 +93,12 @@ def main() -> None:
         ):
             try:
                 if engine == "auto":
-                    probe = images.decode_8_bits(path, description["channels"], bits)
-                    engine, why = upscale.fastest(generator, probe, scale=description["scale"])
+                    engine, why = upscale.fastest(
+                        generator,
+                        images.decode_with_alpha(path, bits)[0],
+                        scale=description["scale"],
+                        channels=description["channels"],
+                    )
                     logging.info("--engine auto takes %s", why)
                 result = upscale.upscale_any(
                     generator,

@@ -403,6 +403,10 @@ def _contradictions(config: Config) -> list[str]:
             problems.append("data.decode: nvjpeg is for colour pictures, and data.channels is 1")
         if config.data.degradation != type(config.data.degradation)():
             problems.append("data.decode: nvjpeg leaves no room for data.degradation; use cpu")
+        if config.stream.on_error == "skip":
+            problems.append(
+                "data.decode: nvjpeg finds damage too late for stream.on_error=skip; use cpu"
+            )
     for name, (low, high) in dataclasses.asdict(config.data.degradation).items():
         if low > high:
             problems.append(

@@ -128,6 +128,7 @@ class Header(NamedTuple):
     width: int
     channels: int  # 1 for gray, 3 for another
     deep: bool  # 16-bit gray
+    upright: bool  # whether pixels are stored in the order they are seen in
 
 
 def header(source: bytes | Path) -> Header:
@@ -139,14 +140,25 @@ def header(source: bytes | Path) -> Header:
     with _open(source) as image:
         deep = _is_deep(image)
         channels = 1 if image.mode in _GRAY_MODES or deep else 3
-        turned = _orientation(image) in _TRANSPOSING_ORIENTATIONS
+        orientation = _orientation(image)
+        turned = orientation in _TRANSPOSING_ORIENTATIONS
         if turned and image.format == "TIFF":  # whose size Pillow turns, or not, by its version
             _load(image)
             image = _upright(image)
             turned = False
         width, height = image.size
     height, width = (width, height) if turned else (height, width)
-    return Header(height, width, channels, deep)
+    return Header(height, width, channels, deep, orientation == 1)
+
+
+def pixels(source: bytes | Path) -> int:
+    """How many it says to have, before anything is decoded.
+
+    Raises:
+        PictureError: it is of a kind that is refused.
+    """
+    with _open(source) as image:
+        return image.width * image.height
 
 
 def decode(source: bytes | Path, channels: int | None) -> Picture | DeepPicture:

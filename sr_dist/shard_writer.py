@@ -132,6 +132,8 @@ def write(
     _stop_on_reject(sources, strict)
     recorded = {**dataclasses.asdict(options), "inputs": _fingerprint(sources)}
     recorded["reductions"] = list(options.reductions)  # as JSON reads it back
+    if options.reductions == (1,):  # as in shards from before there were any
+        del recorded["reductions"]
     jobs = _jobs([source for source in sources if not source.reject], output, options)
     made = [place for place in (output, *output.parents) if not place.exists()]
     done = _open_output(output, recorded, _fingerprint([s for job in jobs for s in job.sources]))
@@ -302,8 +304,9 @@ def _probe(options: Options, picture: tuple[Path, str]) -> _Source:
         height, width, *_ = images.header(path)
     except images.PictureError as error:
         return dataclasses.replace(source, reject=str(error))
-    if min(height, width) < options.min_size:
-        reason = f"is {width}x{height} pixels; the short side must be {options.min_size} or more"
+    least = options.min_size * min(options.reductions)
+    if min(height, width) < least:
+        reason = f"is {width}x{height} pixels; the short side must be {least} or more"
         return dataclasses.replace(source, reject=reason)
     most = _MOST_PIXELS.get(options.encode)
     if not options.tile and most is not None and max(height, width) > most:
@@ -430,7 +433,7 @@ def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, byte
             about = {
                 "source": source.name,
                 "sha256": digest,
-                "reduction": reduction,
+                **({} if reduction == 1 else {"reduction": reduction}),
                 "tile": [top, left, height, width],
                 "crc32": zlib.crc32(encoded),  # of the picture beside it
             }

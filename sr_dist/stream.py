@@ -11,7 +11,7 @@ import functools
 import itertools
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class EncodedCrop(NamedTuple):
 
     data: bytes
     crop: images.Crop
+    where: str  # shard and sample
 
 
 class Encoded(NamedTuple):
@@ -112,6 +113,7 @@ class _Crop:
 @dataclasses.dataclass(frozen=True)
 class _Jpeg:
     data: bytes
+    where: str
     height: int
     width: int
 
@@ -174,7 +176,7 @@ class _Reader:
         size = self.stream.crop_size
         if isinstance(picture, _Jpeg):
             crop = images.random_crop(picture.height, picture.width, size, random)
-            return _Crop(EncodedCrop(picture.data, crop), random)
+            return _Crop(EncodedCrop(picture.data, crop, picture.where), random)
         crop = images.random_crop(picture.shape[0], picture.shape[1], size, random)
         # A copy, since a view would keep the whole picture.
         return _Crop(images.to_8_bits(crop.of(picture).copy(), self.stream.bits), random)
@@ -275,7 +277,10 @@ class _Reader:
         header = images.header(data)
         if header.channels != 3:
             raise self._error(member, "is gray, which data.decode=nvjpeg does not take")
-        return _Jpeg(data, header.height, header.width)
+        if not header.upright:
+            raise self._error(member, "is stored turned (EXIF), which nvJPEG does not undo")
+        where = f"shard {self.stream.index.address(member.shard)}: sample {member.sample.key}"
+        return _Jpeg(data, where, header.height, header.width)
 
     def _check_size(self, member: _Member, height: int, width: int) -> None:
         least = self.stream.crop_size
@@ -345,11 +350,21 @@ def decoded(batch: Encoded, device: torch.device, scale: int) -> Batch:
     """
     from torchvision import io  # at need: slow to import
 
-    data = [torch.frombuffer(bytearray(crop.data), dtype=torch.uint8) for crop in batch.crops]
+    def decode(crops: Sequence[EncodedCrop]) -> list[Tensor]:
+        data = [torch.frombuffer(bytearray(crop.data), dtype=torch.uint8) for crop in crops]
+        found: list[Tensor] = io.decode_jpeg(data, mode=io.ImageReadMode.RGB, device=device)
+        return found
+
     try:
-        pictures = io.decode_jpeg(data, mode=io.ImageReadMode.RGB, device=device)
-    except RuntimeError as error:
-        raise DataError(f"one of {len(data)} JPEGs cannot be decoded on the GPU: {error}") from None
+        pictures = decode(batch.crops)
+    except RuntimeError:
+        for crop in batch.crops:  # to name the one
+            try:
+                decode([crop])
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise DataError(f"{crop.where} cannot be decoded: {reason}") from None
+        raise
     cut = [
         each.crop.of_tensor(picture) for each, picture in zip(batch.crops, pictures, strict=True)
     ]

@@ -200,7 +200,7 @@ def _run(
     protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
     measures = processes.is_main or config.evaluation.ranks == "all"
     validation = _validation(config, processes, inputs.reading, measures)
-    if first_step >= total_steps and not position.unmeasured:
+    if first_step > total_steps or (first_step == total_steps and not position.unmeasured):
         done = position.place // steps_per_epoch
         if processes.is_main:
             log.info("%s has its %d epochs; raise train.epochs to train it further", folder, done)
@@ -228,7 +228,9 @@ def _run(
         folder.mkdir(parents=True, exist_ok=True)
         files.write_whole(folder / "config.yaml", to_yaml(config))
         tracker = tracking.Tracker(
-            folder, first_step=first_step, first_epoch=position.place // steps_per_epoch
+            folder,
+            first_step=first_step - position.unmeasured,
+            first_epoch=position.place // steps_per_epoch - position.unmeasured,
         )
         if start is None or changes:
             text = to_yaml(config)
@@ -242,8 +244,11 @@ def _run(
     every_minutes, saved_at = config.checkpoint.every_minutes, time.monotonic()
     every_seconds = None if every_minutes is None else 60 * every_minutes
 
+    logged: dict[str, float] = {} if start is None else start.meta.get("logged", {})
+
     def advance(step: int, epoch: int, ends_epoch: bool) -> tuple[bool, bool]:
         """One step of training: whether all ranks save after it, and whether they stop."""
+        nonlocal logged
         images_seen = position.images_seen + (step - 1 - first_step) * batch_size
         asked = time.perf_counter()
         batch = next(batches)
@@ -295,7 +300,8 @@ def _run(
             saturation.look(values)
             speed = progress.report(f"{epoch}/{config.train.epochs}", values)
             learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
-            tracker.scalars({**values, **speed, **learning_rates}, step)
+            logged = {**values, **speed, **learning_rates}
+            tracker.scalars(logged, step)
         if processes.is_main:
             saver.check()
             if every_seconds is not None and time.monotonic() - saved_at >= every_seconds:
@@ -306,7 +312,11 @@ def _run(
         processes.watch.begin(step)
         place = position.place + step - first_step
         epoch, ends_epoch = (place - 1) // steps_per_epoch + 1, place % steps_per_epoch == 0
-        saves, stops = advance(step, epoch, ends_epoch) if step > first_step else (True, False)
+        if step > first_step:
+            saves, stops = advance(step, epoch, ends_epoch)
+        else:  # an evaluation is to be made up for
+            saves, stops = True, False
+            tracker.scalars(logged, step)
         if not (ends_epoch or saves or stops):
             continue
 
@@ -324,7 +334,9 @@ def _run(
             measured: list[evaluate.Mean] = []
             unmeasured = False
             try:
-                if ends_epoch and evaluates and measures:
+                if ends_epoch and stops:
+                    unmeasured = evaluates
+                elif ends_epoch and evaluates and measures:
                     try:
                         measured = validation.run(networks.evaluated(), tracker, epoch, step)
                         means = measured
@@ -349,6 +361,8 @@ def _run(
                     meta = resuming.meta_of(inputs.identity, processes, plan, now, measured)
                     meta |= {"bits": config.data.bits, "resume": config.run.resume}
                     meta["validation"] = inputs.measured_on
+                    if unmeasured:  # these points will be purged with those of the evaluation
+                        meta["logged"] = logged
                     saver.start(checkpoint.snapshot(step, networks.weights, state, meta))
                     saved_at = time.monotonic()
             stops = stops or unmeasured
@@ -365,7 +379,7 @@ def _run(
     saver.finish()
     progress.close()
     tracker.close()
-    return Result(folder, means, skipped.count, protocol)
+    return Result(folder, means if processes.is_main else [], skipped.count, protocol)
 
 
 class _Saturation:

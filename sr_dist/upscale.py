@@ -31,14 +31,19 @@ def prepare(generator: nn.Module, device: torch.device) -> nn.Module:
     return folded
 
 
-def fastest(generator: nn.Module, picture: images.Picture, *, scale: int) -> tuple[str, str]:
+def fastest(
+    generator: nn.Module, picture: images.Picture, *, scale: int, channels: int
+) -> tuple[str, str]:
     """Which of `ENGINES` is fastest here, and a sentence that says why.
 
-    bf16 is chosen only where its result is near that of fp32, on the middle of `picture`.
+    bf16 is chosen only where its result is near that of fp32, on the middle of `picture`, of any
+    number of channels. `channels`: the generator's.
     """
     height, width, _ = picture.shape
     top, left = max(0, (height - _PROBE) // 2), max(0, (width - _PROBE) // 2)
-    probe = picture[top : top + _PROBE, left : left + _PROBE]
+    probe = picture[top : top + _PROBE, left : left + _PROBE, :channels]
+    if probe.shape[2] < channels:
+        probe = np.repeat(probe, channels, axis=2)
     seconds, results = {}, {}
     for engine in ENGINES:
         turns = []

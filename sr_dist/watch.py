@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PERIOD = 0.25  # seconds between two looks at the store
 _SILENT = 3.0  # seconds without a sign of life that tell of a rank, once something is wrong
-_ECHO = 5.0  # seconds in which another signal is the first one's echo
+# Seconds in which a signal is an echo of the first one: a terminal sends SIGINT to all and the
+# launcher then SIGTERM; a service manager sends SIGTERM to all, and the launcher passes its own on.
+_ECHO_OF_OTHER, _ECHO_OF_SAME = 5.0, 0.5
 _HALT = 1.0  # seconds more than a period that tell of a process that was suspended
 _GONE = 1  # exit status
 
@@ -118,8 +120,8 @@ class Watch:
                 continue
             now, name = time.monotonic(), signal.Signals(number).name
             if self.signal:
-                # A terminal sends SIGINT to all, and the launcher then SIGTERM: these count once.
-                if name == self.signal or now - self.signalled > _ECHO:
+                echo = _ECHO_OF_SAME if name == self.signal else _ECHO_OF_OTHER
+                if now - self.signalled > echo:
                     os._exit(128 + number)
             else:
                 self.signal, self.signalled = name, now

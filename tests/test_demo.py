@@ -85,7 +85,7 @@ def test_a_picture_is_enlarged_compared_and_downloaded(
 
     page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
     page.locator("input[type=file]").set_input_files(str(tmp_path / "large.png"))
-    page.get_by_text("The picture is 200x150 pixels; at most 20,000 are enlarged here").wait_for()
+    page.get_by_text("The picture has 30,000 pixels; at most 20,000 are enlarged").wait_for()
     page.close()
     with socket.socket() as outside:  # this machine by another address of its own
         port = int(address.rpartition(":")[2])

@@ -82,10 +82,25 @@ def test_reduced_copies_are_whole_too(photographs: Path, tmp_path: Path) -> None
     for sample in found:
         about = sample.about
         top, left, height, width = about["tile"]
-        copy = painted[about["source"], about["reduction"]]
+        copy = painted[about["source"], about.get("reduction", 1)]
         copy[top : top + height, left : left + width] -= images.decode(sample.picture, 3)
     for name, difference in painted.items():
         assert np.abs(difference).max() <= 1, f"{name}: every pixel once, as Pillow has it"
+
+
+def test_pictures_too_small_to_be_reduced_are_rejected(photographs: Path, tmp_path: Path) -> None:
+    """chelsea is 300 pixels high; a half of it is less than 160."""
+    write(photographs, tmp_path / "out", tile=0, reductions=(2,), min_size=160)
+    assert {sample.about["source"] for sample in samples(tmp_path / "out")} == {
+        *("astronaut.png", "coffee.png")
+    }
+    (line,) = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "source": "chelsea.png",
+        "reason": "is 451x300 pixels; the short side must be 320 or more",
+    }
+    with pytest.raises(UserError, match="none of 3 pictures can be used"):
+        write(photographs, tmp_path / "none", tile=0, reductions=(4,), min_size=160)
 
 
 def test_reduced_deep_pictures_keep_their_depth(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from sr_dist import images, indexing, shard_reader, shard_writer, shards, stream
 from sr_dist.degradation import Degradation
@@ -55,8 +56,22 @@ def test_jpegs_can_be_left_for_the_device_to_decode(
         assert difference.max() <= 3 and difference.float().mean() < 0.1
     crop = encoded[0].crops[0]
     broken = stream.Encoded((crop._replace(data=crop.data[:200]),), ())
-    with pytest.raises(stream.DataError, match="one of 1 JPEGs cannot be decoded on the GPU"):
+    named = r"shard-00000\d\.tar: sample 0000000\d\d cannot be decoded: "
+    with pytest.raises(stream.DataError, match=named):
         stream.decoded(broken, torch.device("cpu"), 4)
+
+
+def test_turned_jpegs_cannot_be_left_for_it(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "turned").mkdir()
+    with Image.open(photographs / "coffee.png") as picture:
+        exif = picture.getexif()
+        exif[0x0112] = 6
+        picture.convert("RGB").save(tmp_path / "turned" / "coffee.jpg", exif=exif)
+    options = shard_writer.Options(tile=0, encode="keep")
+    found = images.list_pictures(tmp_path / "turned")
+    shard_writer.write(found, tmp_path / "shards", options)
+    with pytest.raises(UserError, match="is stored turned"):
+        read_batches(tmp_path / "shards", decode="nvjpeg", batch=1, crops=1, last=1)
 
 
 def test_other_pictures_cannot_be_left_for_it(sharded: Path) -> None:

@@ -64,7 +64,7 @@ with held.signals():
     held.begin(int(sys.argv[1]))
     for name in sys.argv[2:]:
         if name[0].isdigit():
-            watch._ECHO = float(name)
+            time.sleep(float(name))
         else:
             os.kill(os.getpid(), signal.Signals[name])
     # The main thread waits where no Python runs, as in a collective.
@@ -81,11 +81,12 @@ with held.signals():
     [
         (3, ["SIGTERM"], 0, "SIGTERM True"),
         (3, ["SIGUSR1", "SIGTERM"], 0, "SIGUSR1 True"),
-        (3, ["SIGTERM", "SIGTERM"], 128 + 15, ""),
-        (3, ["SIGUSR1", "0", "SIGTERM"], 128 + 15, ""),
+        (3, ["SIGTERM", "SIGTERM"], 0, "SIGTERM True"),
+        (3, ["SIGTERM", "0.7", "SIGTERM"], 128 + 15, ""),
+        (3, ["SIGUSR1", "5.2", "SIGTERM"], 128 + 15, ""),
         (0, ["SIGINT"], -2, ""),
     ],
-    ids=["one", "an echo", "the same twice", "another later", "nothing begun"],
+    ids=["one", "an echo", "sent twice", "the same again", "another later", "nothing begun"],
 )
 def test_a_second_signal_stops_at_once(
     step: int, signals: list[str], status: int, said: str

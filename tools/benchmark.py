@@ -12,7 +12,7 @@ EXAMPLE = """
 examples:
   python tools/benchmark.py step
   python tools/benchmark.py upscale --checkpoint runs/swift_srgan_x4
-  accelerate launch --mixed_precision bf16 tools/benchmark.py step      # or --mixed-precision bf16
+  python tools/benchmark.py step --mixed-precision bf16      # ours; the reference stays as it was
 
 step      pictures/s of a training step of Swift-SRGAN with all four losses. The reference is the
           loop of the original scripts: two forwards of the generator, NCHW, the discriminator's

@@ -119,6 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             "crop_size": arguments.crop_size,
             "scale": scale,
             "mixed_precision": arguments.mixed_precision,
+            "reference_mixed_precision": "no",
             "losses": LOSSES,
         },
         **measuring.about(device),
