@@ -39,8 +39,9 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         type=Path,
         metavar="FILE_OR_RUN",
-        help="a run's folder, a checkpoint's, a .pth.tar file, an exported model, or owner/name on "
-        "Hugging Face; may be given several times",
+        help="a run's folder, a checkpoint's, a .pth.tar file, an exported model, owner/name on "
+        "Hugging Face, or a model of the package; may be given several times (default, where no "
+        "--method is given either: bicubic and the package's x4 model)",
     )
     parser.add_argument(
         "--method",
@@ -88,7 +89,8 @@ def main() -> None:
 
         scale = arguments.scale
         if not arguments.method and not arguments.checkpoint:
-            raise UserError("nothing to measure; give --checkpoint FILE_OR_RUN or --method bicubic")
+            logging.info("measuring bicubic and %s, a model of the package", generators.DEFAULT)
+            arguments.method, arguments.checkpoint = ["bicubic"], [Path(generators.DEFAULT)]
         if scale is None and not arguments.checkpoint:
             raise UserError("classical methods enlarge any number of times: give --scale, as in 4")
         if scale is not None and scale < 2:

@@ -9,8 +9,9 @@ from pathlib import Path
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
-example:
-  python launch/upscale.py --checkpoint runs/quickstart --input photo.jpg holiday/ --output out/
+examples:
+  python launch/upscale.py --input photo.jpg holiday/ --output out/
+  python launch/upscale.py --checkpoint runs/quickstart --input photo.jpg --output out/
 
 Each picture becomes NAME.png in the output folder; folders keep their structure. Gray stays gray,
 and alpha stays; results have 8 bits a channel. What lies in an output folder inside an input one is
@@ -27,11 +28,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--checkpoint",
-        required=True,
         type=Path,
         metavar="FILE_OR_RUN",
-        help="a run's folder, a checkpoint's, a .pth.tar file, an exported model, or owner/name on "
-        "Hugging Face",
+        help="a run's folder, a checkpoint's, a .pth.tar file, an exported model, owner/name on "
+        "Hugging Face, or a model of the package (default: its x4 model)",
     )
     parser.add_argument(
         "--input", required=True, nargs="+", type=Path, metavar="PATH", help="pictures and folders"
@@ -83,10 +83,11 @@ def main() -> None:
         for path, _ in pictures:
             if path.resolve() in written:
                 raise UserError(f"{path} would be overwritten by a result; choose another --output")
-        generator, description = generators.load(arguments.checkpoint)
+        checkpoint = arguments.checkpoint or Path(generators.DEFAULT)
+        generator, description = generators.load(checkpoint)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         generator = upscale.prepare(generator, device)
-        bits = arguments.bits or generators.bits_of(arguments.checkpoint) or 16
+        bits = arguments.bits or generators.bits_of(checkpoint) or 16
         rejects, engine = [], arguments.engine
         for (path, _), target in zip(
             tqdm(pictures, unit="picture", disable=None), targets, strict=True

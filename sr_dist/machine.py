@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,19 @@ def megabytes_in_use() -> dict[str, float]:
     if torch.cuda.is_available():
         found["gpu_peak"] = torch.cuda.max_memory_allocated() / 1e6
     return found
+
+
+def commit() -> str | None:
+    """Of the checkout that this code is run from, as `git describe` names it, if it is one."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # without git, nobody knows
+        return None
+    return described.stdout.strip() or None
 
 
 def keep_freed_memory() -> bool:

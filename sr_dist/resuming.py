@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sr_dist import __version__, checkpoint, evaluate, finite, gan, shards, tracking, weights
+from sr_dist import (
+    __version__,
+    checkpoint,
+    evaluate,
+    finite,
+    gan,
+    machine,
+    shards,
+    tracking,
+    weights,
+)
 from sr_dist.distributed import Processes
 from sr_dist.errors import UserError
 
@@ -21,6 +32,9 @@ _SETTINGS = {
     ("data", "shards"): "data.train",
     ("data", "seed"): "run.seed",
 }
+
+
+_commit = functools.cache(machine.commit)  # what is run, not what is there later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,5 +183,9 @@ def meta_of(
         },
         "metrics": metrics_of,
         "world_size": processes.world_size,
-        "versions": {"sr_dist": __version__, "torch": torch.__version__},
+        "versions": {
+            "sr_dist": __version__,
+            "torch": torch.__version__,
+            "commit": _commit(),
+        },
     }

@@ -234,8 +234,8 @@ def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> 
     common = ("launch/evaluate.py", "--data", photographs, "--output", output)
     message = refuse(*common, "--checkpoint", published, "--scale", 2)
     assert "enlarges 4 times, but --scale is 2" in message
-    message = refuse(*common, "--scale", 4)
-    assert "nothing to measure" in message
+    message = refuse(*common, "--scale", 2)
+    assert f"{generators.DEFAULT} enlarges 4 times, but --scale is 2" in message
     message = refuse(*common, "--method", "bicubic", "--scale", 4, "--tile", -5)
     assert "--tile: expected 16 or more, found -5" in message
     torch.manual_seed(0)

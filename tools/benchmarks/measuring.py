@@ -7,7 +7,6 @@ import multiprocessing
 import platform
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 import torchvision
 
-from sr_dist import dataset, images
+from sr_dist import dataset, images, machine
 
 WARM_UP = 2  # turns that are not timed
 # A context manager, its module's own, that gives what a turn runs.
@@ -147,16 +146,8 @@ def about(device: torch.device) -> dict[str, object]:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         },
-        "commit": commit(),
+        "commit": machine.commit(),
     }
-
-
-def commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
-    return described.stdout.strip() or None
 
 
 def _processor() -> str:
