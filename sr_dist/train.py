@@ -246,77 +246,72 @@ def _run(
 
     logged: dict[str, float] = {} if start is None else start.meta.get("logged", {})
 
-    def advance(step: int, epoch: int, ends_epoch: bool) -> tuple[bool, bool]:
-        """One step of training: whether all ranks save after it, and whether they stop."""
-        nonlocal logged
-        images_seen = position.images_seen + (step - 1 - first_step) * batch_size
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited = time.perf_counter() - asked
-        rates = gan.apply_settings(networks, values_of["optimizer"], images_seen, total_images)
-        scalars = gan.training_step(
-            processes,
-            networks,
-            objective.at(
-                images_seen,
-                warmup_images=config.train.warmup_images,
-                ramp_images=config.train.ramp_images,
-            ),
-            batch.lr,
-            batch.hr,
-            images_seen=images_seen,
-            images=batch_size,
-            accumulation_steps=config.train.accumulation_steps,
-            keep_statistics=skips,
-        )
-        epoch_means.add(scalars)
-        nonfinite.add(scalars, step)
-        skipped.add(batch.skipped)
-        progress.advance(batch_size, waited)
-
-        logs = ends_epoch or step % config.tracking.log_every_steps == 0
-        stops = processes.watch.due("stop", step)
-        saves = processes.watch.due("save", step)
-        if config.checkpoint.every_steps is not None:
-            saves = saves or step % config.checkpoint.every_steps == 0
-        if logs or saves or stops:  # no checkpoint holds what should have stopped the run
-            left_out = finite.check_updates(
-                nonfinite,
-                processes,
-                inputs.index,
-                plan,
-                inputs.reading,
-                skips=skips,
-                most_in_a_row=config.train.nonfinite_in_a_row,
-                place_of_step_0=position.place - first_step,
-            )
-        if logs:
-            mine = torch.tensor(float(skipped.count), device=processes.device)
-            values = processes.means({**scalars, "data/skipped": mine})
-            values |= {
-                "data/skipped": values["data/skipped"] * processes.world_size,
-                "gradient/left_out": left_out,
-            }
-            saturation.look(values)
-            speed = progress.report(f"{epoch}/{config.train.epochs}", values)
-            learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
-            logged = {**values, **speed, **learning_rates}
-            tracker.scalars(logged, step)
-        if processes.is_main:
-            saver.check()
-            if every_seconds is not None and time.monotonic() - saved_at >= every_seconds:
-                processes.watch.ask("save")
-        return saves, stops
-
     for step in range(first_step if position.unmeasured else first_step + 1, total_steps + 1):
         processes.watch.begin(step)
         place = position.place + step - first_step
         epoch, ends_epoch = (place - 1) // steps_per_epoch + 1, place % steps_per_epoch == 0
-        if step > first_step:
-            saves, stops = advance(step, epoch, ends_epoch)
-        else:  # an evaluation is to be made up for
-            saves, stops = True, False
+        saves, stops = True, False
+        if step == first_step:  # an evaluation is to be made up for
             tracker.scalars(logged, step)
+        else:
+            images_seen = position.images_seen + (step - 1 - first_step) * batch_size
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            rates = gan.apply_settings(networks, values_of["optimizer"], images_seen, total_images)
+            scalars = gan.training_step(
+                processes,
+                networks,
+                objective.at(
+                    images_seen,
+                    warmup_images=config.train.warmup_images,
+                    ramp_images=config.train.ramp_images,
+                ),
+                batch.lr,
+                batch.hr,
+                images_seen=images_seen,
+                images=batch_size,
+                accumulation_steps=config.train.accumulation_steps,
+                keep_statistics=skips,
+            )
+            epoch_means.add(scalars)
+            nonfinite.add(scalars, step)
+            skipped.add(batch.skipped)
+            progress.advance(batch_size, waited)
+
+            logs = ends_epoch or step % config.tracking.log_every_steps == 0
+            stops = processes.watch.due("stop", step)
+            saves = processes.watch.due("save", step)
+            if config.checkpoint.every_steps is not None:
+                saves = saves or step % config.checkpoint.every_steps == 0
+            if logs or saves or stops:  # no checkpoint holds what should have stopped the run
+                left_out = finite.check_updates(
+                    nonfinite,
+                    processes,
+                    inputs.index,
+                    plan,
+                    inputs.reading,
+                    skips=skips,
+                    most_in_a_row=config.train.nonfinite_in_a_row,
+                    place_of_step_0=position.place - first_step,
+                )
+            if logs:
+                mine = torch.tensor(float(skipped.count), device=processes.device)
+                values = processes.means({**scalars, "data/skipped": mine})
+                values |= {
+                    "data/skipped": values["data/skipped"] * processes.world_size,
+                    "gradient/left_out": left_out,
+                }
+                saturation.look(values)
+                speed = progress.report(f"{epoch}/{config.train.epochs}", values)
+                learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
+                logged = {**values, **speed, **learning_rates}
+                tracker.scalars(logged, step)
+            if processes.is_main:
+                saver.check()
+                if every_seconds is not None and time.monotonic() - saved_at >= every_seconds:
+                    processes.watch.ask("save")
+
         if not (ends_epoch or saves or stops):
             continue
 
