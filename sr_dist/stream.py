@@ -89,8 +89,7 @@ class CropStream(IterableDataset[Any]):
             for _ in range(self.first_step, self.last_step):
                 crops = [next(lane) for lane in lanes]
                 if self.decode == "nvjpeg":
-                    encoded = tuple(crop.hr for crop in crops if isinstance(crop.hr, EncodedCrop))
-                    yield Encoded(encoded, reader.report())
+                    yield Encoded(tuple(crop.hr for crop in crops), reader.report())
                     continue
                 hr = images.to_batch([crop.hr for crop in crops])
                 if self.degradation.does_something:

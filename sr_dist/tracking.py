@@ -146,6 +146,29 @@ class Skipped:
                 skipped_log.warning("further skipped samples are counted, not named")
 
 
+class Saturation:
+    """Tells once of a discriminator so sure, and of all pictures, that its sigmoid has no slope.
+
+    The loss of `kind` linear then has none either; others do.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.told = kind, False
+
+    def look(self, values: Mapping[str, float]) -> None:
+        scores = [values[name] for name in ("score/hr", "score/sr") if name in values]
+        if self.kind != "linear" or self.told or not scores:
+            return
+        if max(scores) < 1e-4 or min(scores) > 1 - 1e-4:
+            self.told = True
+            log.warning(
+                "the discriminator scores HR and SR alike, at %.0f: it has saturated, where the "
+                "linear loss has no gradient. Lower optimizer.discriminator.learning_rate, or take "
+                "loss.adversarial.kind=bce, which has one",
+                values["score/hr"],
+            )
+
+
 class EpochMeans:
     """Sums of the `EPOCH_MEANS` scalars, kept on the device: adding waits for nothing.
 

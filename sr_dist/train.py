@@ -240,7 +240,7 @@ def _run(
     )
 
     skips = config.train.on_nonfinite == "skip"
-    saturation = _Saturation(config.loss.adversarial.kind)
+    saturation = tracking.Saturation(config.loss.adversarial.kind)
     every_minutes, saved_at = config.checkpoint.every_minutes, time.monotonic()
     every_seconds = None if every_minutes is None else 60 * every_minutes
 
@@ -375,29 +375,6 @@ def _run(
     progress.close()
     tracker.close()
     return Result(folder, means if processes.is_main else [], skipped.count, protocol)
-
-
-class _Saturation:
-    """Tells once of a discriminator so sure, and of all pictures, that its sigmoid has no slope.
-
-    The loss of `kind` linear then has none either; others do.
-    """
-
-    def __init__(self, kind: str) -> None:
-        self.kind, self.told = kind, False
-
-    def look(self, values: Mapping[str, float]) -> None:
-        scores = [values[name] for name in ("score/hr", "score/sr") if name in values]
-        if self.kind != "linear" or self.told or not scores:
-            return
-        if max(scores) < 1e-4 or min(scores) > 1 - 1e-4:
-            self.told = True
-            log.warning(
-                "the discriminator scores HR and SR alike, at %.0f: it has saturated, where the "
-                "linear loss has no gradient. Lower optimizer.discriminator.learning_rate, or take "
-                "loss.adversarial.kind=bce, which has one",
-                values["score/hr"],
-            )
 
 
 def _validation(

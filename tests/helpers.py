@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -31,6 +32,17 @@ def run(
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdin=subprocess.DEVNULL,
     )
+
+
+def all_end(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[str]:
+    """What each of them said on standard error; all must end well, and none lives on."""
+    try:
+        said = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    return said
 
 
 def succeed(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:

@@ -98,6 +98,7 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
 def train_on_two(recipe: Path, *overrides: str) -> Done:
     done = launch(TWO_PROCESSES, "launch/train.py", "--config", recipe, *overrides)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Run folder: ") == 1, "the result is said once"
     assert "Grad strides do not match" not in done.stderr, (
         "a gradient is not laid out as its weight"
     )

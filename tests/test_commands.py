@@ -131,6 +131,22 @@ def test_upscale_takes_the_bits_that_the_model_was_trained_with(
     assert found.max() > 100
 
 
+def test_upscale_takes_16_bit_gray_through_a_colour_model_by_any_engine(
+    picture: images.Picture, published: Path, tmp_path: Path
+) -> None:
+    images.save(picture[..., :1].astype(np.uint16) * 257, tmp_path / "deep.png")
+    common = ("launch/upscale.py", "--checkpoint", published, "--input", tmp_path / "deep.png")
+    for engine in ("auto", "fp32", "bf16"):
+        done = succeed(*common, "--engine", engine, "--output", tmp_path / engine)
+        assert ("--engine auto takes" in done.stderr) == (engine == "auto")
+    exact, near, chosen = (
+        images.decode(tmp_path / engine / "deep.png", 1).astype(int)
+        for engine in ("fp32", "bf16", "auto")
+    )
+    assert exact.shape == (256, 320, 1) and np.abs(exact - near).max() <= 8
+    assert np.array_equal(chosen, exact) or np.array_equal(chosen, near)
+
+
 def test_upscale_refuses(picture: images.Picture, published: Path, tmp_path: Path) -> None:
     images.save(picture, tmp_path / "a.png")
     output = tmp_path / "out"

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from tests.helpers import ACCELERATE, REPOSITORY, contents, free_port, succeed
+from tests.helpers import ACCELERATE, REPOSITORY, all_end, contents, free_port, succeed
 from tests.runs import rows, saved
 
 LAUNCH = REPOSITORY / "launch"
@@ -75,12 +75,7 @@ def test_the_file_for_several_machines_trains_on_two_launchers(
         )
         for rank in (0, 1)
     ]
-    try:
-        said = [machine.communicate(timeout=200)[1] for machine in machines]
-    finally:
-        for machine in machines:
-            machine.kill()
-    assert [machine.returncode for machine in machines] == [0, 0], said
+    all_end(machines, timeout=200)
     assert saved(tmp_path / "runs" / "small")[1]["world_size"] == 2
 
 
@@ -149,12 +144,7 @@ def test_an_array_job_writes_the_shards_of_one_machine(
         )
         for number in ("3", "4")
     ]
-    try:
-        said = [task.communicate(timeout=150)[1] for task in tasks]
-    finally:
-        for task in tasks:
-            task.kill()
-    assert [task.returncode for task in tasks] == [0, 0], said
+    all_end(tasks, timeout=150)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert not list(REPOSITORY.glob(".dask-*.json"))
 

@@ -25,6 +25,7 @@ from sr_dist import (
     shard_writer,
     shards,
     train,
+    validation,
     watch,
 )
 from sr_dist.errors import Stopped, UserError
@@ -96,6 +97,20 @@ def test_a_stopped_run_of_other_networks_ends_bit_identical(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_stop_at_an_epochs_last_step_leaves_the_evaluation_for_later(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = train.run(load(recipe, "run.name=unbroken", "train.epochs=2"))
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.Watch, "due", lambda self, what, step: (what, step) == ("stop", 18))
+        patch.setattr(validation.Validation, "run", lambda *_: pytest.fail("it was evaluated"))
+        with pytest.raises(Stopped, match="at step 18 of 36"):
+            train.run(load(recipe, "train.epochs=2"))
+    result = train.run(load(recipe, "train.epochs=2"))
+    assert result is not None and unbroken is not None
+    assert_same_run(unbroken.folder, result.folder)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

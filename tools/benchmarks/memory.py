@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measuring
-from sr_dist import dataset, shard_writer, shards, stream
+from sr_dist import dataset, machine, shard_writer, shards, stream
 from sr_dist.degradation import Degradation
 
 
@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             steps=steps,
         )
         resident = [
-            measuring.resident_megabytes()
+            machine.megabytes_in_use()["resident"]
             for step, _ in enumerate(stream.batches(source, num_workers=0, pin_memory=False))
             if step + 1 in (max(1, steps // 10), steps)
         ]

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sr_dist import machine
+from tests.helpers import REPOSITORY, succeed
+
+# A block of 200 MB is freed: how much of it the process still holds.
+FREED = """
+import sys, torch
+from sr_dist import machine
+kept = sys.argv[1] == "kept" and machine.keep_freed_memory()
+before = machine.megabytes_in_use()["resident"]
+block = torch.ones(50_000_000)
+held = machine.megabytes_in_use()["resident"] - before
+del block
+print(kept, held, machine.megabytes_in_use()["resident"] - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
+@pytest.mark.parametrize("way", ["kept", "as it comes"])
+def test_freed_memory_is_kept(way: str) -> None:
+    kept, held, left = succeed(sys.executable, "-c", FREED, way).stdout.split()
+    assert float(held) > 190
+    if way == "kept":
+        assert kept == "True" and float(left) > 190
+    else:
+        assert float(left) < 10
+
+
+def test_the_commit_is_that_of_the_checkout() -> None:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("this is no checkout")
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    found = machine.commit()
+    assert found is not None and re.sub("-dirty$", "", found).endswith(head[:7])
