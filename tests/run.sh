@@ -8,5 +8,7 @@ source "$(dirname "$0")/../launch/environment.sh" dev
 ruff check .
 ruff format --check .
 mypy
-# One thread each, since the tests themselves run side by side.
-OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 4 --dist worksteal "$@"
+# One thread each, since the tests themselves run side by side; one more than there are processors, since
+# many wait for something.
+workers=$(python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+OMP_NUM_THREADS=1 python -m pytest -n "$workers" --dist worksteal "$@"
