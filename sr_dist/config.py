@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from sr_dist import settings
+from sr_dist import losses, models, settings
 from sr_dist.errors import UserError
 from sr_dist.settings import REQUIRED, setting
 
@@ -108,7 +108,7 @@ class Generator:
     name: str = setting(
         "swift_srgan",
         "swift_srgan: depthwise-separable convolutions; srgan: SRResNet, with standard ones",
-        choices=("swift_srgan", "srgan"),
+        choices=tuple(models.GENERATORS),
     )
     num_channels: int = setting(64, "width of the hidden layers", minimum=1)
     num_blocks: int = setting(16, "residual blocks", minimum=1)
@@ -126,7 +126,7 @@ class Discriminator:
         "swift_srgan",
         "swift_srgan, srgan: a score a picture, from separable or standard convolutions; unet: "
         "Real-ESRGAN's U-Net, a score a pixel",
-        choices=("swift_srgan", "srgan", "unet"),
+        choices=tuple(models.DISCRIMINATORS),
     )
     head: str = setting(
         "linear",
@@ -147,9 +147,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pixel:
-    kind: str = setting(
-        "mse", "distance between SR and HR pixels", choices=("mse", "l1", "charbonnier")
-    )
+    kind: str = setting("mse", "distance between SR and HR pixels", choices=losses.PIXEL)
     weight: float = setting(1.0, "weight in the generator's loss", minimum=0)
 
 
@@ -158,14 +156,14 @@ class Content:
     network: str = setting(
         "mobilenet_v2",
         "feature network: mobilenet_v2 as published, vgg19 as SRGAN",
-        choices=("mobilenet_v2", "vgg19"),
+        choices=tuple(losses.CONTENT_NETWORKS),
     )
     layers: tuple[str, ...] = setting(
         (),
         "whose maps are compared, averaged: 0 to 18 of mobilenet_v2, conv1_1 to conv5_4 (before "
         "activation) of vgg19; none given: the last",
     )
-    distance: str = setting("mse", "between feature maps", choices=("mse", "l1"))
+    distance: str = setting("mse", "between feature maps", choices=losses.CONTENT_DISTANCES)
     weights: str = setting(
         "auto",
         "auto: torchvision's ImageNet weights (a download of 14 MB, or 548 MB for vgg19); a file "
@@ -173,6 +171,13 @@ class Content:
         path=True,
     )
     normalize: bool = setting(True, "normalise pictures as ImageNet ones; false: as published")
+    shift: int = setting(
+        0,
+        "pixels that pictures are shifted by at most before the network, at random in every step: "
+        "its strides otherwise leave a grid in what is trained",
+        minimum=0,
+        maximum=16,
+    )
     weight: float = setting(0.006, "weight in the generator's loss; 0 leaves it out", minimum=0)
 
 
@@ -182,7 +187,7 @@ class Adversarial:
         "linear",
         "linear: 1 - sigmoid(D), as published; bce: non-saturating cross-entropy, as SRGAN; "
         "least_squares; hinge; relativistic_average, as ESRGAN",
-        choices=("linear", "bce", "least_squares", "hinge", "relativistic_average"),
+        choices=losses.ADVERSARIAL,
     )
     label_smoothing: float = setting(
         0.0,
@@ -200,7 +205,9 @@ class Adversarial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TotalVariation:
-    kind: str = setting("l1", "l1: absolute differences; l2: squared", choices=("l1", "l2"))
+    kind: str = setting(
+        "l1", "l1: absolute differences; l2: squared", choices=losses.TOTAL_VARIATION
+    )
     weight: float = setting(2.0e-8, "weight in the generator's loss", minimum=0)
 
 
@@ -258,7 +265,8 @@ class Train:
     )
     start_from: str | None = setting(
         None,
-        "a run, checkpoint or .pth.tar whose generator a new run starts from",
+        "whose generator a new run starts from: a run, checkpoint, .pth.tar, or model of the "
+        "package; its BatchNorm is folded into norm none",
         path=True,
     )
     on_nonfinite: str = setting(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sr_dist import checkpoint, files, model_files, models, weights
 from sr_dist.errors import UserError
+from sr_dist.models import folding
 
 SHIPPED = Path(__file__).resolve().parent / "shipped"  # a folder for each model in the package
 DEFAULT = "swift_srgan_x4_psnr"  # of them, where no other model is named
@@ -49,12 +50,7 @@ def load(path: Path | str, revision: str | None = None) -> tuple[nn.Module, dict
         UserError: there is none, or its weights do not fit.
     """
     state, description, where = _read(Path(path), revision)
-    try:
-        generator = models.build_generator(**description)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{where} holds a model that this version does not know: {error}") from None
-    weights.load(generator, state, where)
-    return generator.eval(), description
+    return _built(state, description, where).eval(), description
 
 
 def bits_of(path: Path) -> int | None:
@@ -80,17 +76,24 @@ def bits_of(path: Path) -> int | None:
 
 
 def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of the generator in `path`, which must be of the same `description`.
+    """The state dict of the generator in `path`, of the same `description`, for a new run.
+
+    `path`: as for `load`, but nothing that would be downloaded. Where `description` has no
+    BatchNorm and the generator has, it is folded into the convolutions.
 
     Raises:
         UserError: there is none, or its architecture is another.
     """
+    path = _in_package(path)
     if not path.exists():
         raise UserError(
-            f"train.start_from: {path} does not exist; train that run first, or name a checkpoint "
-            "or a .pth.tar file"
+            f"train.start_from: {path} does not exist; train that run first, or name a checkpoint, "
+            f"a .pth.tar file or a model of the package ({', '.join(shipped()) or 'none'})"
         )
     state, found, where = _read(path)
+    if (found.get("norm"), description["norm"]) == ("batch", "none"):
+        folded = folding.fold_batch_norm(_built(state, found, where))
+        state, found = folded.state_dict(), {**found, "norm": "none"}
     differing = [
         f"{key} {found.get(key)} instead of {description[key]}"
         for key in description
@@ -102,6 +105,15 @@ def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
             "as it has them, or start from another"
         )
     return state
+
+
+def _built(state: dict[str, Tensor], description: dict[str, Any], where: str) -> nn.Module:
+    try:
+        generator = models.build_generator(**description)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where} holds a model that this version does not know: {error}") from None
+    weights.load(generator, state, where)
+    return generator
 
 
 def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str]:

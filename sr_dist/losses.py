@@ -19,6 +19,12 @@ log = logging.getLogger(__name__)
 Loss = Callable[[Tensor, Tensor], Tensor]
 Mean = Callable[[Tensor], Tensor]
 
+# The kinds that a configuration chooses from; what they are is said below.
+PIXEL = ("mse", "l1", "charbonnier")
+CONTENT_DISTANCES = ("mse", "l1")
+ADVERSARIAL = ("linear", "bce", "least_squares", "hinge", "relativistic_average")
+TOTAL_VARIATION = ("l1", "l2")
+
 _CHARBONNIER_EPSILON = 1e-3
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -176,7 +182,7 @@ def _vgg19_layers() -> dict[str, int]:
 
 # SRGAN divides VGG's maps by 12.75, so that their distance is of the size of the pixels' (Ledig et
 # al., section 3.2).
-_NETWORKS = {
+CONTENT_NETWORKS = {
     "mobilenet_v2": _FeatureNetwork(
         layers={str(place): place for place in range(19)},
         default="18",
@@ -227,7 +233,7 @@ def content_features(network: str, weights: str, layers: Sequence[str] = ()) -> 
     """
     from torchvision import models  # at need: slow to import
 
-    kind = _NETWORKS[network]
+    kind = CONTENT_NETWORKS[network]
     unknown = [layer for layer in layers if layer not in kind.layers]
     if unknown:
         names = list(kind.layers)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import logging
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -196,21 +198,38 @@ def epoch_row(sums: Tensor) -> dict[str, float | str]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a run has to do, in pictures, which are HR crops, over all ranks."""
+
+    total: int
+    done: int = 0  # before this start of it
+    cheap: int = 0  # the first of them, which cost less
+    dearer: float = 1.0  # how many times as much the others cost
+    evaluations: int = 0  # after this start
+
+    def cost(self, pictures: int) -> float:
+        """Of the first `pictures`, in cheap ones."""
+        return min(pictures, self.cheap) + self.dearer * max(0, pictures - self.cheap)
+
+
 class Progress:
     """One line that says how far the run is: live on a terminal, now and then in a log.
 
-    Counts pictures, which are HR crops, over all ranks. Also keeps the time spent waiting for data.
+    Also keeps the time spent waiting for data.
     """
 
-    def __init__(self, *, total: int, done: int, visible: bool) -> None:
-        self.total, self.done, self.first = total, done, done
+    def __init__(self, work: Work, *, visible: bool) -> None:
+        self.work, self.done = work, work.done
         self.started = self.marked = time.perf_counter()
         self.waited = self.waited_at_mark = 0.0
-        self.done_at_mark = done
+        self.done_at_mark = work.done
+        self.pauses: list[float] = []  # seconds; evaluations alone
         live = visible and sys.stderr.isatty()
-        self.bar = (
-            tqdm(total=total, initial=done, unit=" pictures", smoothing=0.05) if live else None
-        )
+        # Without tqdm's own time left, which knows neither of warm-ups nor of evaluations.
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+        self.bar = tqdm(total=work.total, initial=work.done, bar_format=form) if live else None
+        self.said = ""
         self.visible = visible
 
     def advance(self, pictures: int, waited: float) -> None:
@@ -218,7 +237,22 @@ class Progress:
         self.done += pictures
         self.waited += waited
         if self.bar is not None:
+            self.bar.set_postfix_str(f"{_clock(self.left())} left{self.said}", refresh=False)
             self.bar.update(pictures)
+
+    def left(self) -> float:
+        """Seconds: training at the pace so far, and evaluations that take as long as those before.
+
+        The first evaluation is not foreseen.
+        """
+        work = self.work
+        trained = time.perf_counter() - self.started - sum(self.pauses)
+        pace = trained / (work.cost(self.done) - work.cost(work.done))
+        training = pace * (work.cost(work.total) - work.cost(self.done))
+        if not self.pauses:
+            return training
+        evaluation = statistics.fmean(self.pauses)
+        return training + evaluation * max(0, work.evaluations - len(self.pauses))
 
     def report(self, epoch: str, scalars: Mapping[str, float]) -> dict[str, float]:
         """Show the line, with the losses among `scalars`.
@@ -239,16 +273,16 @@ class Progress:
         if self.bar is not None:
             networks = [losses[name] for name in ("generator", "discriminator") if name in losses]
             self.bar.set_description(f"epoch {epoch}", refresh=False)
-            self.bar.set_postfix_str(f"data wait {share:.1%}, loss {' / '.join(networks)}")
+            self.said = f", {rate:.1f} pictures/s, data wait {share:.1%}, "
+            self.said += f"loss {' / '.join(networks)}"
         elif self.visible:
-            overall = (self.done - self.first) / (now - self.started)
             log.info(
                 "epoch %s  %d/%d pictures  %.1f pictures/s  %s left  data wait %.1f%%  %s",
                 epoch,
                 self.done,
-                self.total,
+                self.work.total,
                 rate,
-                _clock((self.total - self.done) / overall),
+                _clock(self.left()),
                 100 * share,
                 " ".join(f"{name} {value}" for name, value in losses.items()),
             )
@@ -259,11 +293,14 @@ class Progress:
         }
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of work that is no training out of pictures/s (not out of time left)."""
+    def paused(self, evaluates: bool) -> Iterator[None]:
+        """Leave the time of work that is no training out of pictures/s."""
         started = time.perf_counter()
         yield
-        self.marked += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.marked += seconds
+        if evaluates:
+            self.pauses.append(seconds)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -235,9 +235,8 @@ def _run(
         if start is None or changes:
             text = to_yaml(config)
             tracker.config(text, settings.flatten(yaml.safe_load(text)), first_step)
-    progress = tracking.Progress(
-        total=total_images, done=position.images_seen, visible=processes.is_main and not quiet
-    )
+    work = _work(config, processes, networks, objective, position, plan, total_images)
+    progress = tracking.Progress(work, visible=processes.is_main and not quiet)
 
     skips = config.train.on_nonfinite == "skip"
     saturation = tracking.Saturation(config.loss.adversarial.kind)
@@ -315,14 +314,17 @@ def _run(
         if not (ends_epoch or saves or stops):
             continue
 
-        with progress.paused(), processes.averaged_buffers(networks.weights.values()) as buffers:
+        evaluates = ends_epoch and _evaluates(config, epoch)
+        with (
+            progress.paused(evaluates),
+            processes.averaged_buffers(networks.weights.values()) as buffers,
+        ):
             epoch_sums = processes.sum(epoch_means.sums)
             all_skipped = processes.sum(torch.tensor(skipped.count, device=processes.device))
             finite.check_weights(networks.weights, step)
             # From here on rank 0 alone holds what all ranks have summed, as after a restart.
             epoch_means.sums.copy_(epoch_sums * processes.is_main)
             skipped.count = int(all_skipped) * processes.is_main
-            evaluates = epoch % config.evaluation.every_epochs == 0 or step == total_steps
             # The checkpoint comes after the evaluation, so that a run killed in between repeats
             # both; an evaluation that fails takes no training with it, and one that a stop cuts
             # short is made up for by the run that goes on.
@@ -375,6 +377,36 @@ def _run(
     progress.close()
     tracker.close()
     return Result(folder, means if processes.is_main else [], skipped.count, protocol)
+
+
+def _evaluates(config: Config, epoch: int) -> bool:
+    return epoch % config.evaluation.every_epochs == 0 or epoch == config.train.epochs
+
+
+def _work(
+    config: Config,
+    processes: Processes,
+    networks: gan.Networks,
+    objective: gan.Objective,
+    position: resuming.Position,
+    plan: shards.Plan,
+    total_images: int,
+) -> tracking.Work:
+    """What is left to do, for the time that it will take."""
+    data, train = config.data, config.train
+    cheap, dearer = train.warmup_images, 1.0
+    if position.images_seen < cheap < total_images:
+        at_once = train.global_batch_size // processes.world_size // train.accumulation_steps
+        shape = (at_once, data.channels, data.crop_size, data.crop_size)
+        dearer = gan.relative_cost(processes, networks, objective, shape=shape, scale=data.scale)
+    epochs = range(position.place // plan.steps_per_epoch + 1, train.epochs + 1)
+    return tracking.Work(
+        total=total_images,
+        done=position.images_seen,
+        cheap=cheap,
+        dearer=dearer,
+        evaluations=sum(_evaluates(config, epoch) for epoch in epochs),
+    )
 
 
 def _validation(

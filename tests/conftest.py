@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from tests.helpers import SHARED
 
 # More threads than idle cores wait for each other at every layer; the networks here are tiny.
 torch.set_num_threads(1)
+
+# A shell's background jobs ignore SIGINT, and would hand that on to what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,16 +7,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
 from sr_dist import gan
 from sr_dist.distributed import joined
 from tests.helpers import REPOSITORY, refuse, succeed
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
-from benchmarks import measuring, original, step  # noqa: E402
+from benchmarks import curve, measuring, original, step  # noqa: E402
 
 
 def test_step_prints_one_json_object_last() -> None:
@@ -62,7 +65,9 @@ def test_the_reference_does_the_same_mathematics() -> None:
         assert networks.discriminator is not None
         theirs.discriminator.load_state_dict(networks.discriminator.state_dict())
         scalars = step.our_step(processes, networks, objective)(lr, hr)
-        loss_d, loss_g, real, fake = original.step(theirs, processes.device)(lr, hr)
+        loss_d, loss_g, real, fake = original.step(theirs, processes.device)(
+            *step.as_floats((lr, hr))
+        )
         ours = {name: p.grad for name, p in networks.generator.named_parameters()}
     assert float(scalars["loss/discriminator"]) == pytest.approx(loss_d, rel=1e-4)
     assert float(scalars["loss/generator"]) == pytest.approx(loss_g, rel=1e-4)
@@ -109,6 +114,61 @@ def test_what_is_reported_of_timings() -> None:
     assert found["spread"]["a"] == {"ours": [1.0, 4.0], "reference": [0.5, 9.0]}  # type: ignore[index]
     seconds = measuring.summary("x", {"x": ([2.0], [5.0])}, "s", more_is_better=False)
     assert (seconds["ours"], seconds["reference"], seconds["ratio"]) == (2.0, 5.0, 2.5)
+
+
+def test_a_curve_is_read_between_its_points(tmp_path: Path) -> None:
+    ours = [(1.0, 25.0), (3.0, 27.0), (5.0, 28.0)]
+    reference = [(0.1, 5.0), (4.0, 26.5)]
+    assert curve.reached(ours, 26.0) == 2.0 and curve.reached(ours, 27.5) == 4.0
+    assert curve.reached(ours, 24.0) == 1.0, "before the first point nothing is known"
+    assert curve.reached(reference, 27.0) is None
+    curves = {"ours": ours, "reference": reference}
+    assert curve.table(curves, 26.0).splitlines() == [
+        "| minutes | ours | reference |",
+        "|---|---|---|",
+        "| 1 | 25.00 | 5.00 |",
+        "| 2 | 25.00 | 5.00 |",
+        "| 3 | 27.00 | 5.00 |",
+        "| 5 | 28.00 | 26.50 |",
+        "(bicubic: 26.00 dB)",
+    ]
+    curve.draw(curves, 26.0, tmp_path / "curve.svg")
+    drawn = (tmp_path / "curve.svg").read_bytes()
+    assert b"<svg" in drawn and len(drawn) > 5000
+    curve.draw(curves, 26.0, tmp_path / "curve.svg")
+    assert (tmp_path / "curve.svg").read_bytes() == drawn
+
+
+@pytest.mark.slow
+def test_a_recipe_is_measured_beside_the_original_loop(photographs: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {train: '', validation: '', num_workers: 0}\n"
+        "model: {generator: {num_blocks: 1, global_skip: bicubic}}\n"
+        "loss: {content: {weight: 0}, adversarial: {weight: 0}}\n"
+        "train: {epochs: 2, global_batch_size: 8}\n"
+    )
+    weights = tmp_path / "mobilenet_v2.pth"
+    torch.save(torchvision.models.mobilenet_v2(weights=None).state_dict(), weights)
+    half = tmp_path / "lr"
+    half.mkdir()
+    for path in photographs.iterdir():
+        picture = Image.open(path)
+        picture.resize((picture.width // 4, picture.height // 4)).save(half / path.name)
+    command = ("tools/benchmark.py", "curve", "--config", recipe, "--output", tmp_path / "out")
+    assert "curve needs --photographs" in refuse(*command)
+    command += ("--photographs", photographs, "--hr", photographs, "--lr", half)
+    command += ("--content-weights", weights, "--minutes", 0.2, "--every", 0.1)
+    result = json.loads(succeed(*command, timeout=300).stdout.splitlines()[-1])
+    ours = json.loads((tmp_path / "out" / "ours.json").read_text())
+    assert len(ours) == 2 and 0 < ours[0][0] < ours[1][0] and ours[1][1] > 20
+    reference = json.loads((tmp_path / "out" / "reference.json").read_text())
+    assert len(reference) == 3 and reference[-1][0] >= 0.2 and not result["reference_got_there"]
+    assert result["last"] == {"ours": ours[-1], "reference": reference[-1]}
+    assert (tmp_path / "out" / "curve.svg").is_file()
+    began = time.monotonic()
+    again = json.loads(succeed(*command).stdout.splitlines()[-1])
+    assert again["last"] == result["last"] and time.monotonic() - began < 20
 
 
 @pytest.mark.slow

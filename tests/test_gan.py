@@ -184,6 +184,40 @@ def test_the_discriminator_pays_what_the_settings_say(
     assert max(changes) > 1e-2, "R1 has a gradient of its own"
 
 
+def test_what_all_losses_cost_is_known_beforehand_and_nothing_is_touched(
+    processes: Processes,
+) -> None:
+    networks = build(processes)
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in networks.weights.items()}
+    weighted = {name: {"weight": 1.0} for name in ("pixel", "content", "adversarial")}
+    whole = objective(processes, **weighted)
+    random_state = torch.get_rng_state()
+    cost = gan.relative_cost(processes, networks, whole, shape=(2, 3, 64, 64), scale=4)
+    pixel = whole.at(0, warmup_images=1, ramp_images=0)
+    alone = gan.relative_cost(processes, networks, pixel, shape=(2, 3, 64, 64), scale=4)
+    assert cost > 1.5 and 0.4 < alone < 2.5
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, module in networks.weights.items():
+        assert all(p.grad is None for p in module.parameters())
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, before[name][key])
+
+
+def test_pictures_are_shifted_before_the_content_network(processes: Processes) -> None:
+    content = {"weights": "none", "layers": ("1",), "weight": 1.0, "shift": 8}
+    goal = objective(processes, content=content, adversarial={"weight": 1.0})
+    seen = [goal.at(images, warmup_images=0, ramp_images=0).shift for images in range(0, 6400, 16)]
+    assert {down for down, _ in seen} == {right for _, right in seen} == set(range(9))
+    assert seen[7] == goal.at(7 * 16, warmup_images=0, ramp_images=0).shift, "the same again"
+    assert goal.at(0, warmup_images=1, ramp_images=0).shift == (0, 0)
+    sr, hr = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    moved = dataclasses.replace(goal, shift=(3, 5), adversarial_weight=0.0)
+    found = gan.generator_terms(processes, None, moved, sr, hr)["content"]
+    assert goal.content is not None
+    assert found == goal.content(sr[..., 3:, 5:], hr[..., 3:, 5:])
+    assert found != goal.content(sr, hr)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
 def test_compiled_steps_are_the_plain_ones(

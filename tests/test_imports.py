@@ -22,8 +22,8 @@ LEVELS = [
     {"remote"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},
-    {"config", "models", "losses", "metrics", "shards", "degradation", "download"},
-    {"model_files", "shard_reader"},
+    {"models", "losses", "metrics", "shards", "degradation", "download"},
+    {"config", "model_files", "shard_reader"},
     {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale", "lpips"}
     | {"finite", "indexing"},
     {"generators"},

@@ -20,6 +20,7 @@ import torch
 from sr_dist import (
     checkpoint,
     gan,
+    generators,
     images,
     shard_reader,
     shard_writer,
@@ -29,6 +30,7 @@ from sr_dist import (
     watch,
 )
 from sr_dist.errors import Stopped, UserError
+from sr_dist.models import folding
 from tests.helpers import ACCELERATE, REPOSITORY, free_port, succeed
 from tests.runs import (
     ONE_PROCESS,
@@ -220,6 +222,20 @@ def test_a_run_can_start_from_another(recipe: Path, tmp_path: Path) -> None:
     # Going on, the second run stands on its own checkpoint.
     third = train.run(load(recipe, *settings[:2], *frozen, "train.epochs=2"))
     assert saved(third.folder)[1]["step"] == 36
+    without = ("model.generator.norm=none", "run.name=without", *settings[1:])
+    folded, meta = saved(train.run(load(recipe, *without, *frozen)).folder)
+    assert meta["generator"]["norm"] == "none"
+    expected = folding.fold_batch_norm(generators.load(first.folder)[0]).state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(folded[f"generator/{name}"], value, rtol=0, atol=1e-8, msg=name)
+    with pytest.raises(UserError, match="another generator: norm none instead of batch"):
+        other = f"train.start_from={tmp_path / 'runs' / 'without'}"
+        train.run(load(recipe, other, "run.name=x"))
+    with pytest.raises(UserError, match="does not exist; .* package .*swift_srgan_x4_psnr"):
+        train.run(load(recipe, "train.start_from=no/such", "run.name=x"))
+    packaged = "train.start_from=swift_srgan_x4_psnr"
+    with pytest.raises(UserError, match="shipped/swift_srgan_x4_psnr holds another generator"):
+        train.run(load(recipe, packaged, "run.name=x"))
     with pytest.raises(UserError, match="another generator: num_channels 8 instead of 16"):
         train.run(load(recipe, *settings[1:], "model.generator.num_channels=16", "run.name=x"))
     with pytest.raises(UserError, match="another generator: channels 3 instead of 1"):

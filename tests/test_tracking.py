@@ -12,7 +12,7 @@ def test_progress_tells_speed_waiting_and_the_time_left(
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    progress = tracking.Progress(total=1000, done=200, visible=True)  # went on at 200
+    progress = tracking.Progress(tracking.Work(1000, done=200), visible=True)  # went on at 200
     progress.advance(80, waited=1.0)
     clock[0] += 10
     with caplog.at_level("INFO"):
@@ -26,8 +26,7 @@ def test_progress_tells_speed_waiting_and_the_time_left(
     assert line == (
         "epoch 3/9  280/1000 pictures  8.0 pictures/s  0:01:30 left  data wait 10.0%  pixel 0.1235"
     )
-    # Evaluating is no training, but takes its time until the end.
-    with progress.paused():
+    with progress.paused(evaluates=True):
         clock[0] += 10
     progress.advance(40, waited=0.0)
     clock[0] += 5
@@ -36,4 +35,27 @@ def test_progress_tells_speed_waiting_and_the_time_left(
         speed = progress.report("4/9", {})
     assert speed["speed/pictures_per_second"] == pytest.approx(8)
     assert speed["speed/data_wait_share"] == 0.0
-    assert "0:02:22 left" in caplog.text  # 680 pictures, at 120 in 25 seconds
+    assert "0:01:25 left" in caplog.text  # 680 pictures, at 120 in 15 seconds
+
+
+def test_the_time_left_is_right_from_the_first_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a warm-up goes before slower training, and with evaluations."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    # 2000 at 20 a second, 2000 at 8; ten evaluations of 12 seconds.
+    work = tracking.Work(4000, cheap=2000, dearer=2.5, evaluations=10)
+    progress = tracking.Progress(work, visible=False)
+    whole = 2000 / 20 + 2000 / 8 + 10 * 12
+    said = []
+    for step in range(400):
+        progress.advance(10, waited=0.0)
+        clock[0] += 10 / (20 if step < 200 else 8)
+        if step % 40 == 39:
+            with progress.paused(evaluates=True):
+                clock[0] += 12
+        said.append((clock[0], progress.left()))
+    assert clock[0] == pytest.approx(whole)
+    later = [(at, left) for at, left in said if at >= whole / 10]
+    assert len(later) > 300
+    for at, left in later:
+        assert left == pytest.approx(whole - at, rel=0.2, abs=0.5)

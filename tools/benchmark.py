@@ -13,6 +13,8 @@ examples:
   python tools/benchmark.py step
   python tools/benchmark.py upscale --checkpoint runs/swift_srgan_x4
   python tools/benchmark.py step --mixed-precision bf16      # ours; the reference stays as it was
+  python tools/benchmark.py curve --photographs photos --hr Set14/HR --lr Set14/LR \\
+      --content-weights mobilenet_v2.pth --output curve
 
 step      pictures/s of a training step of Swift-SRGAN with all four losses. The reference is the
           loop of the original scripts: two forwards of the generator, NCHW, the discriminator's
@@ -24,6 +26,9 @@ upscale   pictures/s of enlarging 256x256 to 1024x1024 and a 1920x1080 frame to 
           reference is the generator as it was published, and its trace. Peak memory at 4K and 8K.
 scaling   pictures/s of two processes with one thread each against one, for both heads of the
           discriminator.
+curve     dB on pictures never trained on against minutes, of a recipe and of the original scripts'
+          loop and loader on the same photographs; a table and curve.svg. Takes twice as long as the
+          recipe. `ours` and `reference` are minutes to 1 dB above bicubic.
 startup   seconds from the command to the end of its first step, against importing torch,
           torchvision and accelerate alone (here ratio is how many times as long); the same when
           resuming in mid-epoch, and with 10,000 shards.
@@ -32,7 +37,7 @@ memory    resident memory of a process that reads samples, after a tenth of them
 Ours and the reference take turns, A B A B; medians and spreads are reported. `ratio` is how many
 times better ours is.
 """
-PARTS = ("step", "data", "upscale", "scaling", "startup", "memory")
+PARTS = ("step", "data", "upscale", "scaling", "curve", "startup", "memory")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,10 +56,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=10, metavar="N", help="timed turns each")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument(
-        "--photographs", type=Path, metavar="DIR", help="data: instead of scikit-image's"
+        "--photographs",
+        type=Path,
+        metavar="DIR",
+        help="data: instead of scikit-image's; curve: to train on",
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE_OR_RUN", help="upscale: weights instead of random"
+    )
+    curve = parser.add_argument_group("curve")
+    curve.add_argument("--hr", type=Path, metavar="DIR", help="pictures to measure on")
+    curve.add_argument("--lr", type=Path, metavar="DIR", help="their low-resolution ones")
+    curve.add_argument(
+        "--content-weights", type=Path, metavar="FILE", help="MobileNetV2's, for the reference"
+    )
+    curve.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        default=Path(__file__).resolve().parents[1] / "configs" / "swift_srgan_x4_psnr.yaml",
+        help="recipe of ours (default: configs/swift_srgan_x4_psnr.yaml)",
+    )
+    curve.add_argument(
+        "--minutes", type=float, metavar="N", help="of the reference (default: what ours took)"
+    )
+    curve.add_argument(
+        "--every", type=float, default=2, metavar="N", help="minutes between its points (default 2)"
+    )
+    curve.add_argument(
+        "--output", type=Path, metavar="DIR", help="keeps what was measured; not done again"
     )
     parser.add_argument("--profile", action="store_true", help="step: print where time goes")
     parser.add_argument("--verbose", action="store_true", help="scaling: what the launcher says")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, cast
 
 from torch import nn
@@ -9,7 +10,10 @@ from torch.nn.utils import parametrizations
 
 from sr_dist.models import srgan, swift_srgan, unet
 
-GENERATORS = {"swift_srgan": swift_srgan.Generator, "srgan": srgan.Generator}
+# A family has a Generator, the KEYS that its state dicts alone have, and `infer`, which reads the
+# generator's arguments off such a state dict; or a Discriminator; or both.
+GENERATORS: dict[str, ModuleType] = {"swift_srgan": swift_srgan, "srgan": srgan}
+DISCRIMINATORS: dict[str, ModuleType] = {"swift_srgan": swift_srgan, "srgan": srgan, "unet": unet}
 
 
 def build_generator(
@@ -27,7 +31,7 @@ def build_generator(
     `name`: a key of `GENERATORS`. Every generator is two steps, `enlarge(extract(lr), lr)`:
     features (N, num_channels, H, W), then SR; see `reach`.
     """
-    return GENERATORS[name](
+    generator: nn.Module = GENERATORS[name].Generator(
         scale=scale,
         channels=channels,
         num_channels=num_channels,
@@ -35,6 +39,7 @@ def build_generator(
         norm=norm,
         global_skip=global_skip,
     )
+    return generator
 
 
 def build_discriminator(
@@ -48,8 +53,7 @@ def build_discriminator(
     """
     if name == "unet":
         return unet.Discriminator(channels=channels)
-    family = {"swift_srgan": swift_srgan.Discriminator, "srgan": srgan.Discriminator}[name]
-    discriminator: nn.Module = family(channels=channels, head=head)
+    discriminator: nn.Module = DISCRIMINATORS[name].Discriminator(channels=channels, head=head)
     if spectral_norm:
         for module in list(discriminator.modules()):
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -63,14 +67,11 @@ def infer_generator(state: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the state dict is of no generator known here.
     """
-    if "initial.cnn.depthwise.weight" in state:
-        return {"name": "swift_srgan", **swift_srgan.infer(state)}
-    if "initial.0.weight" in state and "middle.0.weight" in state:
-        return {"name": "srgan", **srgan.infer(state)}
-    raise ValueError(
-        "no generator known here: neither initial.cnn.depthwise.weight (swift_srgan) nor "
-        "initial.0.weight and middle.0.weight (srgan) is in it"
-    )
+    for name, family in GENERATORS.items():
+        if state.keys() >= family.KEYS:
+            return {"name": name, **family.infer(state)}
+    known = "; ".join(f"{' and '.join(sorted(f.KEYS))} ({n})" for n, f in GENERATORS.items())
+    raise ValueError(f"no generator known here: it has none of {known}")
 
 
 def reach(generator: nn.Module) -> tuple[int, int]:

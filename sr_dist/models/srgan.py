@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sr_dist.models import layers
 
+KEYS = {"initial.0.weight", "middle.0.weight"}
+
 
 class ResidualBlock(nn.Module):
     def __init__(self, width: int, normed: bool) -> None:

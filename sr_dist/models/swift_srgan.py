@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sr_dist.models import cpu, layers
 
+KEYS = {"initial.cnn.depthwise.weight"}
+
 
 class SeparableConv(nn.Module):
     """A depthwise convolution, then a pointwise one."""

@@ -40,14 +40,14 @@ class Networks:
 
 
 def step(networks: Networks, device: torch.device, learning_rate: float = 1e-3) -> Step:
-    """One iteration on uint8 batches: two forwards of the generator, every loss read back."""
+    """One iteration on float batches: two forwards of the generator, every loss read back."""
     generator, discriminator = networks.generator, networks.discriminator
     optimizer_g = torch.optim.AdamW(generator.parameters(), lr=learning_rate)
     optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=learning_rate)
     mse = nn.MSELoss()
 
     def run(lr: Tensor, hr: Tensor) -> tuple[float, ...]:
-        lr, hr = (batch.contiguous().to(device).float() / 255 for batch in (lr, hr))
+        lr, hr = lr.to(device), hr.to(device)
         sr = generator(lr)
         discriminator.zero_grad()
         real = torch.sigmoid(discriminator(hr)).mean()

@@ -62,6 +62,12 @@ def random_batch(batch_size: int, crop_size: int, scale: int) -> tuple[Tensor, T
     return pixels(crop_size // scale), pixels(crop_size)
 
 
+def as_floats(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As the original scripts' loader gives them: NCHW, in [0, 1]."""
+    lr, hr = (pixels.contiguous().float() / 255 for pixels in batch)
+    return lr, hr
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     batch_size: int
@@ -83,7 +89,7 @@ def ours(sizes: Sizes) -> Iterator[Callable[[], object]]:
 @contextlib.contextmanager
 def reference(sizes: Sizes) -> Iterator[Callable[[], object]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lr, hr = random_batch(sizes.batch_size, sizes.crop_size, sizes.scale)
+    lr, hr = as_floats(random_batch(sizes.batch_size, sizes.crop_size, sizes.scale))
     run = original.step(original.Networks(device, sizes.scale), device)
     yield lambda: run(lr, hr)  # which reads its losses back: the device has done them
 
