@@ -72,6 +72,10 @@ def main() -> None:
         if arguments.tile < 16:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        # gradio asks its own page whether it is there: no proxy is to stand in between.
+        for name in ("no_proxy", "NO_PROXY"):
+            others = [os.environ[name]] if os.environ.get(name) else []
+            os.environ[name] = ",".join([*others, "localhost", "127.0.0.1", arguments.host])
         try:
             import gradio
         except ImportError:
@@ -86,12 +90,17 @@ def main() -> None:
                     max_file_size=arguments.max_megabytes * 10**6,
                     footer_links=[],
                     ssr_mode=False,
+                    share=False,  # whatever the environment says
+                    quiet=True,
+                    prevent_thread_lock=True,
                 )
             except OSError as error:
                 raise UserError(
                     f"cannot listen at {arguments.host}, port {arguments.port}: {error}; choose "
                     "another --port"
                 ) from None
+            print(f"open {page.local_url}   (Ctrl-C ends it)", flush=True)
+            page.block_thread()
 
 
 def load_models(checkpoints):  # type: ignore[no-untyped-def]

@@ -77,7 +77,11 @@ class Tracker:
         self.writer.add_text("config", block, step)
         self.writer.add_custom_scalars(
             {
-                group: {title: ["Multiline", tags] for title, tags in charts.items()}
+                group: {
+                    title: ["Multiline", tags]
+                    for title, tags in charts.items()
+                    if title != "LPIPS" or settings.get("evaluation.lpips")
+                }
                 for group, charts in _LAYOUT.items()
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -36,16 +37,22 @@ def address(models: list[Path], tmp_path: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, str(REPOSITORY / "launch" / "demo.py"), "--checkpoint"]
     command += [*map(str, models), "--port", str(port), "--max-pixels", "20000"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as server:
+    command += ["--max-megabytes", "1"]
+    # As in a hospital: a proxy, which does not reach this machine. And an unlucky environment.
+    proxy = {"http_proxy": "http://127.0.0.1:9", "GRADIO_SHARE": "True"}
+    with (
+        open(tmp_path / "said.txt", "w") as said,
+        subprocess.Popen(command, stdout=said, cwd=tmp_path, env={**os.environ, **proxy}) as server,
+    ):
         deadline = time.monotonic() + 120
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        while "open http" not in (tmp_path / "said.txt").read_text():
             assert server.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
         server.terminate()
+    assert (tmp_path / "said.txt").read_text() == (
+        f"open http://127.0.0.1:{port}/   (Ctrl-C ends it)\n"
+    )
 
 
 def test_a_picture_is_enlarged_compared_and_downloaded(
@@ -86,6 +93,10 @@ def test_a_picture_is_enlarged_compared_and_downloaded(
     page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
     page.locator("input[type=file]").set_input_files(str(tmp_path / "large.png"))
     page.get_by_text("The picture has 30,000 pixels; at most 20,000 are enlarged").wait_for()
+    page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
+    (tmp_path / "heavy.png").write_bytes(small.read_bytes() + bytes(1_100_000))
+    page.locator("input[type=file]").set_input_files(str(tmp_path / "heavy.png"))
+    page.get_by_text("exceed").first.wait_for()
     page.close()
     with socket.socket() as outside:  # this machine by another address of its own
         port = int(address.rpartition(":")[2])

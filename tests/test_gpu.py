@@ -23,7 +23,7 @@ from sr_dist import (
     train,
     upscale,
 )
-from tests.helpers import succeed
+from tests.helpers import REPOSITORY, succeed
 from tests.runs import load, rows, saved
 from tests.streams import read_batches, stream_of
 
@@ -156,6 +156,16 @@ def test_upscaling_is_that_of_a_cpu(device: torch.device, picture: images.Pictur
     for engine, most in (("fp32", 1), ("bf16", 16)):
         found = upscale.upscale(prepared, picture, scale=4, tile=32, engine=engine)
         assert np.abs(found.astype(int) - expected.astype(int)).max() <= most
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu_bf16", "multi_gpu_fp16"])
+def test_the_accelerate_files_train(recipe: Path, name: str) -> None:
+    path = REPOSITORY / "launch" / "accelerate" / f"{name}.yaml"
+    given = () if name == "single_gpu" else ("--num_processes", str(torch.cuda.device_count()))
+    words = ("--config_file", path, *given, REPOSITORY / "launch" / "train.py", "--config", recipe)
+    done = succeed("accelerate", "launch", *words, "train.epochs=1", timeout=300)
+    precision = {"single_gpu": "no"}.get(name, name[-4:])
+    assert f"on cuda, precision {precision}" in done.stderr
 
 
 def test_benchmark_of_a_step() -> None:

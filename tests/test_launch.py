@@ -24,7 +24,7 @@ LAUNCH = REPOSITORY / "launch"
 ACCELERATE_FILES = sorted((LAUNCH / "accelerate").glob("*.yaml"))
 # srun: starts the tasks, with the variables of Slurm, and ends with the highest status.
 SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
+while [[ $1 == --* ]]; do echo "$1" >> "$STUBS/options"; shift; done
 for task in $(seq 0 $((SLURM_NTASKS - 1))); do
   SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
   echo $! >> "$STUBS/ranks"
@@ -49,6 +49,13 @@ def test_accelerate_reads_each_file_and_its_comment_says_how(path: Path) -> None
     assert words[words.index("--config_file") + 1] == f"launch/accelerate/{path.name}"
     recipe = words[words.index("--config") + 1]
     assert (REPOSITORY / recipe).is_file() and "launch/train.py" in words
+
+
+def test_the_file_for_one_gpu_starts_on_what_is_here(recipe: Path) -> None:
+    path = LAUNCH / "accelerate" / "single_gpu.yaml"
+    words = ("--config_file", path, LAUNCH / "train.py", "--config", recipe, "--dry-run")
+    done = succeed("accelerate", "launch", *words)
+    assert re.search(r"1 process on (cpu|cuda), precision no; ", done.stderr)
 
 
 @pytest.mark.multiprocess
@@ -103,6 +110,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 def test_a_slurm_job_trains_and_goes_back_into_the_queue(
     recipe: Path, tmp_path: Path, slurm: dict[str, str]
 ) -> None:
+    slurm["SLURM_CPUS_PER_TASK"] = "3"
     slurm |= {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "n[1-2]"}
     job = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", str(recipe)]
     folder, stubs = tmp_path / "runs" / "small", Path(slurm["STUBS"])
@@ -114,6 +122,8 @@ def test_a_slurm_job_trains_and_goes_back_into_the_queue(
         for rank in (stubs / "ranks").read_text().split():  # as --signal=USR1@120 does
             os.kill(int(rank), signal.SIGUSR1)
         assert running.wait(60) == 75
+    options = (stubs / "options").read_text().splitlines()
+    assert options == ["--kill-on-bad-exit=0", "--cpus-per-task=3"]
     assert (stubs / "said").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     _, meta = saved(folder)
     assert meta["world_size"] == 2 and meta["step"] >= 18  # type: ignore[operator]

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 import time
+from pathlib import Path
 
 import pytest
 
 from sr_dist import tracking
+from tests.helpers import REPOSITORY, succeed
 
 
 def test_progress_tells_speed_waiting_and_the_time_left(
@@ -36,6 +46,42 @@ def test_progress_tells_speed_waiting_and_the_time_left(
     assert speed["speed/pictures_per_second"] == pytest.approx(8)
     assert speed["speed/data_wait_share"] == 0.0
     assert "0:01:25 left" in caplog.text  # 680 pictures, at 120 in 15 seconds
+
+
+def test_a_terminal_shows_a_live_line_and_quiet_means_quiet(recipe: Path) -> None:
+    ours, theirs = pty.openpty()
+    size = struct.pack("HHHH", 40, 200, 0, 0)  # rows and columns
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
+    environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm-256color"}
+    with subprocess.Popen(
+        [*command, "train.epochs=1"], stdout=subprocess.PIPE, stderr=theirs, env=environment
+    ) as running:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # Linux says so that the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+        assert running.stdout is not None
+        table = running.stdout.read().decode()
+        assert running.wait(60) == 0
+    os.close(ours)
+    lines = re.findall(r"epoch 1/1: +\d+%\|.*?\| (\d+)/144(.*?)\r", shown.decode())
+    assert lines[-1][0] == "144" and len(lines) > 3, "one line, again and again"
+    said = r", 0:00:00 left, [\d.]+ pictures/s, data wait [\d.]+%, loss 0\.\d+ *"
+    assert re.fullmatch(said, lines[-1][1])
+    assert not re.search(rb"\x1b\[[\d;]*m", shown), "no colours"
+    result = r"PSNR dB +SSIM\n  bicubic +\d\d\.\d+ +0\.\d+\n  SR +\d\d\.\d+ +0\.\d+\n"
+    assert re.search(result, table)
+    quiet = succeed("launch/train.py", "--config", recipe, "--quiet", "train.epochs=2")
+    assert re.search(result, quiet.stdout)
+    said = quiet.stderr.splitlines()
+    assert said == ["the content loss compares features of RANDOM weights: for tests only"], said
 
 
 def test_the_time_left_is_right_from_the_first_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:

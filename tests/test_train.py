@@ -18,6 +18,7 @@ import torch
 import torchvision
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from sr_dist import (
     config,
@@ -108,7 +109,32 @@ def test_a_run_leaves_what_the_design_says(recipe: Path) -> None:
     } <= set(points)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert events.Tags()["images"] == ["samples/chelsea"]
+    shown = events.Images("samples/chelsea")
+    assert [image.step for image in shown] == [18, 36]
+    assert len({(image.width, image.height) for image in shown}) == 1
     assert "config/text_summary" in events.Tags()["tensors"]
+    lines = charts(events, set(points))
+    assert lines["PSNR"] == {"psnr/bicubic", "psnr/SR"}, "both in one chart"
+    assert lines["SSIM"] == {"ssim/bicubic", "ssim/SR"}
+    assert lines["learning rates"] == {"learning_rate/generator", "learning_rate/discriminator"}
+    assert lines["memory, MB"] == {"memory/resident"}
+    assert "LPIPS" not in lines, "no chart without lines"
+    assert all(lines.values()) and {"pictures/s", "share of time waited for data"} <= set(lines)
+
+
+def charts(events: EventAccumulator, tags: set[str]) -> dict[str, set[str]]:
+    """The scalars that each chart of the page CUSTOM SCALARS shows."""
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        chart.title: {
+            tag
+            for tag in tags
+            if any(re.fullmatch(pattern, tag) for pattern in chart.multiline.tag)
+        }
+        for category in layout.category
+        for chart in category.chart
+    }
 
 
 def test_the_discriminator_waits_for_the_warm_up(recipe: Path) -> None:
