@@ -169,9 +169,12 @@ def _ours(
         yield round(after, 2), _of(generator, arguments, settings)
 
 
-def _run(*words: object) -> None:
-    log.info("%s", " ".join(str(word) for word in words))
-    subprocess.run([sys.executable, *map(str, words)], check=True, cwd=_REPOSITORY, stdout=2)
+def _run(*given: object) -> None:
+    words = [str(word) for word in given]
+    log.info("%s", " ".join(words))
+    done = subprocess.run([sys.executable, *words], cwd=_REPOSITORY, stdout=2)
+    if done.returncode:
+        raise UserError(f"this command failed, for the reason above: python {' '.join(words)}")
 
 
 def _reference(
