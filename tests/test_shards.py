@@ -167,9 +167,20 @@ def test_plan_says_how_many_samples_are_needed() -> None:
     assert shards.make_plan(index(), global_batch_size=11, **arguments).steps_per_epoch == 4
 
 
-def test_plan_refuses_crops_larger_than_the_pictures() -> None:
-    with pytest.raises(UserError, match="crop_size is 192, but .* holds pictures of 128 pixels"):
-        shards.make_plan(index(), seed=0, global_batch_size=2, crops_per_image=1, crop_size=192)
+def test_crops_larger_than_the_smallest_picture_are_refused() -> None:
+    shards.check_size(index(), 128)
+    message = "crop_size is 192, but .* holds pictures of 128 pixels[.] .* --tile 192 or more"
+    with pytest.raises(UserError, match=message):
+        shards.check_size(index(), 192)
+    for smallest, said in (
+        ("0.tar: sample 7", "pixels, such as 0.tar: sample 7[.]"),
+        (5, "pixels[.]"),
+    ):
+        options = {"indexed": True, "smallest": smallest}
+        message = f"pictures of 128 {said} .* index --min-size 192"
+        with pytest.raises(UserError, match=message) as refused:
+            shards.check_size(index(options=options), 192)
+        assert "--tile" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
