@@ -10,6 +10,9 @@ arithmetic:
   comes from lane j. Ranks and loader workers own rows, so neither changes what a batch holds;
 * inside a lane, windows of neighbouring samples are shuffled. A sample gives its several crops in
   separate rounds of its window, so its crops are apart and it is decoded once.
+
+To begin at a step, a lane opens the shards that its window there has samples of: one, or more where
+the window lies across a border, as it must where shards are small and are still to be mixed.
 """
 
 from __future__ import annotations
