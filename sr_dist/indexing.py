@@ -39,7 +39,8 @@ def index(
     target = folders.pop() / shards.INDEX_NAME
     if target.exists():
         raise UserError(f"{target} exists already; delete it to index the folder again")
-    listed, sides, channels, unusable = [], [], 1, []
+    listed, channels, unusable = [], 1, []
+    smallest: tuple[int, str] | None = None  # short side in pixels, and which sample has it
     deep: list[str] = []  # samples that only a set of gray pictures can use
     for tar in progress(paths, "indexing", len(paths)):
         offsets = []
@@ -48,7 +49,9 @@ def index(
                 offsets.append(sample.offset)
                 try:
                     header = _header(sample, min_size)
-                    sides.append(min(header.height, header.width))
+                    side = min(header.height, header.width)
+                    if smallest is None or side < smallest[0]:
+                        smallest = side, f"{tar.name}: sample {sample.key}"
                     channels = max(channels, header.channels)
                     if header.deep:
                         deep.append(
@@ -61,11 +64,12 @@ def index(
         digest, size = storage.sha256_of_file(str(tar))
         shard = shards.Shard(tar.name, len(offsets), size, digest)
         listed.append(shards.mark(shard, offsets))
-    if not sides:
+    if smallest is None:
         first = f"; first: {unusable[0]}" if unusable else ""
         raise UserError(f"no sample with a usable picture in {len(paths)} tars{first}")
     unusable += deep if channels == 3 else []
-    text = shards.index_text(channels, min(sides), listed, {"indexed": True})
+    options = {"indexed": True, "smallest": smallest[1]}
+    text = shards.index_text(channels, smallest[0], listed, options)
     files.write_whole(target, text)
     return target, unusable
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import logging
 import os
@@ -20,6 +21,7 @@ SCHEMES = ("file", "http", "https", "s3", "gs", "hf")
 _BLOCK_BYTES = 2 * 2**20  # asked for at once
 _LEAST_BYTES = 4 * 2**10  # that an attempt must bring not to count as a failed one
 _SLOWEST = 20  # times the timeout: that long a block may take to come
+OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # this machine's
 _FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles with each
 _LONGEST_PAUSE = 30.0
 
@@ -146,11 +148,13 @@ class _RemoteFile(io.RawIOBase):
         if start >= end:
             return 0
         data = bytearray()
+        told: int | None = None  # of the file's size, by the last answer
 
         def fetch(fs: Any, path: str) -> None:
-            before = len(data)
+            nonlocal told
+            before, told = len(data), None
             try:
-                _fetch_range(self.address, fs, path, start + before, end, data)
+                told = _fetch_range(self.address, fs, path, start + before, end, data)
                 if start + len(data) < end:
                     raise OSError(f"{len(data)} of {end - start} bytes came")
             except Exception:
@@ -159,15 +163,12 @@ class _RemoteFile(io.RawIOBase):
 
         try:
             _attempt(self.address, self.settings, fetch, at=lambda: start + len(data))
-        except Unreadable as error:
-            # No fault of the way, if the file is shorter than the index says.
-            try:
-                size = size_of(self.address, dataclasses.replace(self.settings, attempts=1))
-            except OSError:
-                raise error from None
-            if size >= end:
+        except Unreadable:
+            # No fault of the way, if the file is shorter than the index says. A HEAD request is
+            # not believed: what tells a wrong size may be all that is wrong.
+            if told is None or told > start + len(data):
                 raise
-            self.size = _found_shorter[self.address] = size
+            self.size = _found_shorter[self.address] = told
             return self.readinto(buffer)
         buffer[: len(data)] = data
         self.place = start + len(data)
@@ -177,8 +178,13 @@ class _RemoteFile(io.RawIOBase):
 _found_shorter: dict[str, int] = {}  # sizes of files that end before the index says
 
 
-def _fetch_range(address: str, fs: Any, path: str, start: int, end: int, into: bytearray) -> None:
+def _fetch_range(
+    address: str, fs: Any, path: str, start: int, end: int, into: bytearray
+) -> int | None:
     """Append bytes `start` to `end` of a file to `into`, over http(s) and s3 as they come.
+
+    Fewer come where the file ends before. Returns its size, if the answer tells it; where it says
+    no more than that no byte is at `start`, that is returned.
 
     Raises:
         NoRanges: the server sends something else.
@@ -186,16 +192,26 @@ def _fetch_range(address: str, fs: Any, path: str, start: int, end: int, into: b
     """
     scheme = address.partition("://")[0]
     if scheme in ("http", "https"):
-        fsspec.asyn.sync(fs.loop, _fetch_http, fs, path, start, end, into)
-    elif scheme == "s3":
-        fsspec.asyn.sync(fs.loop, _fetch_s3, fs, path, start, end, into)
-    else:
+        told: int | None = fsspec.asyn.sync(fs.loop, _fetch_http, fs, path, start, end, into)
+        return told
+    if scheme == "s3":
+        told = fsspec.asyn.sync(fs.loop, _fetch_s3, fs, path, start, end, into)
+        return told
+    # Whose answers are not seen; the size is what the store has in its books.
+    try:
         data = fs.cat_file(path, start=start, end=end)
+    except Exception:  # gs has one of many kinds for a range behind the end
+        size = _size(fs, path)
+        if size > start:
+            raise
+        return size
+    if len(data) > end - start:
         _check_range(None, len(data), start, end)
-        into += data
+    into += data
+    return None if len(data) == end - start else _size(fs, path)
 
 
-async def _fetch_http(fs: Any, path: str, start: int, end: int, into: bytearray) -> None:
+async def _fetch_http(fs: Any, path: str, start: int, end: int, into: bytearray) -> int | None:
     session = await fs.set_session()
     configured = dict(fs.kwargs)  # in fsspec's own configuration: headers, authentication
     headers = {**configured.pop("headers", {}), "Range": f"bytes={start}-{end - 1}"}
@@ -203,30 +219,48 @@ async def _fetch_http(fs: Any, path: str, start: int, end: int, into: bytearray)
     async with session.get(fs.encode_url(path), headers=headers, **configured) as answer:
         if answer.status == 404:
             raise FileNotFoundError(path)
+        part = answer.headers.get("Content-Range")
+        if answer.status == 416:
+            return _total(part, start)
         answer.raise_for_status()
         if answer.headers.get("Content-Encoding", "identity") != "identity":
             raise OSError("the server compresses what it sends, though it was asked not to")
-        part = answer.headers.get("Content-Range") if answer.status == 206 else None
+        part = part if answer.status == 206 else None
         _check_range(part, answer.content_length, start, end)
         if part is None:  # the whole file, which cannot be gone on with where it breaks
             into += await answer.read()
-            return
+            return None
         missing = end - start
         async for piece in answer.content.iter_any():
             into += piece[:missing]
             missing -= len(piece)
             if missing <= 0:  # a body without a length may go on
-                return
+                break
+        return _total(part, None)
 
 
-async def _fetch_s3(fs: Any, path: str, start: int, end: int, into: bytearray) -> None:
+async def _fetch_s3(fs: Any, path: str, start: int, end: int, into: bytearray) -> int | None:
     bucket, key, _ = fs.split_path(path)
-    part = f"bytes={start}-{end - 1}"
-    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=part)
+    wanted = f"bytes={start}-{end - 1}"
+    try:
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=wanted)
+    except OSError as error:
+        said = getattr(error.__cause__, "response", None) or {}
+        if said.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+            return start
+        raise
     async with answer["Body"] as body:
-        _check_range(answer.get("ContentRange"), answer["ContentLength"], start, end)
+        part = answer.get("ContentRange")
+        _check_range(part, answer["ContentLength"], start, end)
         while piece := await body.read(2**16):
             into += piece
+    return _total(part, None)
+
+
+def _total(part: str | None, otherwise: int | None) -> int | None:
+    """The size of the whole file by a Content-Range, `bytes 0-9/100` or `bytes */100`."""
+    total = (part or "").rpartition("/")[2]
+    return int(total) if total.isdecimal() else otherwise
 
 
 def _check_range(part: str | None, length: int | None, start: int, end: int) -> None:
@@ -280,6 +314,8 @@ def _attempt(
         except ImportError as error:
             raise UserError(f"cannot open {address}: {error}") from None
         except Exception as error:  # each file system raises its own
+            if isinstance(error, OSError) and error.errno in OF_A_FULL_DISK:
+                raise
             if attempt == settings.attempts:
                 reason = str(error) or type(error).__name__
                 raise Unreadable(

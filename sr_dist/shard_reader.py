@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 from sr_dist import shards, storage, tars
 from sr_dist.errors import UserError
+
+_MOST_ASKED = 2000  # remote shards that are asked for before a run; some seconds' worth
+_ASKED_AT_ONCE = 16
+
+_File = tuple[str, int, str]  # address, bytes and sha256
 
 
 class DamagedShard(ValueError):
@@ -46,18 +54,19 @@ def read_range(
         storage.open_file(address, settings, size=described.bytes, sha256=described.sha256) as file,
     ):
         while number < stop:
-            for sample in _read_stretch(file, described.stretch(number), number, stop):
+            stretch = described.stretch(number)
+            for sample in _read_stretch(file, stretch, number, stop, index.ours):
                 yield sample
                 number += 1
 
 
 def _read_stretch(
-    file: BinaryIO, stretch: shards.Stretch, start: int, stop: int
+    file: BinaryIO, stretch: shards.Stretch, start: int, stop: int, ours: bool
 ) -> Iterator[tars.Sample]:
     """Samples `start` to `stop` of a stretch, or to its end; lost ones as `read_range` has them."""
     number, expected = stretch.first, stretch.last - stretch.first
     file.seek(stretch.start)
-    samples = tars.read_samples(file, passed_over=start - number, end=stretch.end)
+    samples = tars.read_samples(file, passed_over=start - number, end=stretch.end, ours=ours)
     try:
         for sample in samples:
             # The last one is given out once it is known to be the last.
@@ -92,33 +101,87 @@ def _told_apart() -> Iterator[None]:
 
 
 def check_files(index: shards.Index, settings: storage.Settings = storage.DEFAULT) -> list[str]:
-    """What is wrong with the files of an index, by their sizes; of remote ones the first alone.
+    """How the files of an index differ from what it says, as `look_at_files` finds it.
 
     Raises:
-        UserError: they do not fit into the cache.
+        UserError: one is not there or cannot be read, or the cache cannot be used.
     """
-    problems = []
-    remote = storage.is_remote(index.root)
-    largest = max(index.shards, key=lambda shard: shard.bytes)
-    if remote and settings.cache_dir is not None and largest.bytes > settings.cache_bytes:
+    unreadable, differing = look_at_files(index, settings)
+    if unreadable:
+        more = f" ({len(unreadable)} cannot be read)" if len(unreadable) > 1 else ""
         raise UserError(
-            f"stream.cache_bytes is {settings.cache_bytes}, but {largest.name} has "
-            f"{largest.bytes} bytes; allow more, or leave stream.cache_dir out"
+            f"shard {unreadable[0]}{more}. Such shards are never skipped: bring it back, or name "
+            f"those to train on, as in {index.root}/shard-{{000000..000009}}.tar"
         )
-    for number, shard in enumerate(index.shards[:1] if remote else index.shards):
-        address = index.address(number)
-        try:
-            size = storage.size_of(address, settings)
-        except OSError as error:
-            problems.append(f"{address} cannot be read: {error.strerror or error}")
-            continue
-        if size != shard.bytes:
-            problems.append(f"{address} has {size} bytes, the index says {shard.bytes}")
+    return differing
+
+
+def look_at_files(
+    index: shards.Index, settings: storage.Settings = storage.DEFAULT
+) -> tuple[list[str], list[str]]:
+    """Which files of an index cannot be read and why, and which have another size than it says.
+
+    Local ones are opened. Remote ones are asked for, but for those in the cache: of more than
+    `_MOST_ASKED` so many, spread evenly, up to the first that cannot be read.
+
+    Raises:
+        UserError: the cache cannot be used.
+    """
+    files = [
+        (index.address(number), shard.bytes, shard.sha256)
+        for number, shard in enumerate(index.shards)
+    ]
+    remote = storage.is_remote(index.root)
     if remote:
-        storage.check_cache(settings)
-    if remote and settings.cache_dir is None:  # whether parts of a file can be had
+        storage.check_cache(settings, files)
+        files = [file for file in files if not storage.is_cached(settings, *file)]
+        files = files[:: max(1, -(-len(files) // _MOST_ASKED))]
+    unreadable, differing = [], []
+    for found in _looked_at(files, settings) if remote else map(_look, files):
+        if isinstance(found, UnreadableShard):
+            unreadable.append(str(found))
+            if remote:  # the others may be asked for as long in vain
+                break
+        elif found:
+            differing.append(found)
+    if remote and settings.cache_dir is None and not unreadable:  # can parts of a file be had?
         try:
             next(read_range(index, 0, 0, 1, settings), None)
-        except DamagedShard as error:
-            problems.append(f"{index.address(0)} {error}")
-    return problems
+        except UnreadableShard as error:
+            unreadable.append(f"{index.address(0)} {error}")
+    return unreadable, differing
+
+
+def _looked_at(files: list[_File], settings: storage.Settings) -> Iterator[str | UnreadableShard]:
+    """What `_look` says of remote files, several at once."""
+    look = functools.partial(_look, settings=settings)
+    yield from map(look, files[:1])  # one alone, to a host that may not answer
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        yield from pool.map(look, files[1:])
+
+
+def _look(file: _File, settings: storage.Settings = storage.DEFAULT) -> str | UnreadableShard:
+    """How the size of a file differs from that of the index, or why it cannot be read."""
+    address, expected, _ = file
+    try:
+        with _told_apart():
+            if storage.is_remote(address):
+                size = storage.size_of(address, settings)
+                if size < expected and _reaches(address, expected, settings):
+                    return ""  # a server that tells a wrong size, and sends the right bytes
+            else:
+                with storage.open_file(address) as opened:
+                    size = os.fstat(opened.fileno()).st_size
+    except UnreadableShard as error:
+        return UnreadableShard(f"{address} {error}")
+    return "" if size == expected else f"{address} has {size} bytes, the index says {expected}"
+
+
+def _reaches(address: str, size: int, settings: storage.Settings) -> bool:
+    """Whether the last of `size` bytes can be had."""
+    try:
+        with storage.open_file(address, settings, size=size) as file:
+            file.seek(size - 1)
+            return len(file.read(1)) == 1
+    except OSError:
+        return False

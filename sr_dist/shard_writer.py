@@ -250,8 +250,8 @@ def _open_output(output: Path, recorded: dict[str, Any], partition: str) -> Summ
                 f"{output} holds shards of other pictures or options; delete it or choose another "
                 "--output"
             )
-        problems = shard_reader.check_files(index)
-        if problems:
+        unreadable, differing = shard_reader.look_at_files(index)
+        if problems := unreadable + differing:
             raise UserError(f"{problems[0]}; delete {output}, and run the same command again")
         shutil.rmtree(progress, ignore_errors=True)
         rejects = output / "rejects.jsonl"

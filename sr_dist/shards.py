@@ -10,6 +10,9 @@ arithmetic:
   comes from lane j. Ranks and loader workers own rows, so neither changes what a batch holds;
 * inside a lane, windows of neighbouring samples are shuffled. A sample gives its several crops in
   separate rounds of its window, so its crops are apart and it is decoded once.
+
+To begin at a step, a lane opens the shards that its window there has samples of: one, or more where
+the window lies across a border, as it must where shards are small and are still to be mixed.
 """
 
 from __future__ import annotations
@@ -80,6 +83,11 @@ class Index:
     @property
     def samples(self) -> int:
         return sum(shard.count for shard in self.shards)
+
+    @property
+    def ours(self) -> bool:
+        """Written by `shard_writer`: every sample's .json tells the CRC-32 of its picture."""
+        return not self.options.get("indexed")
 
     @property
     def fingerprint(self) -> str:
@@ -261,25 +269,43 @@ class Plan:
         return sum(self.counts) - self.samples_per_lane * self.global_batch_size
 
 
+def check_size(index: Index, crop_size: int) -> None:
+    """Whether a crop fits into every picture, as it must where none is to be skipped.
+
+    Raises:
+        UserError: it does not.
+    """
+    if index.smallest_side >= crop_size:
+        return
+    smallest = index.options.get("smallest")  # where tars of others were indexed
+    known = isinstance(smallest, str) and smallest.isprintable()
+    advice = "Lower data.crop_size, leave such pictures out with stream.on_error=skip, or "
+    if index.ours:
+        advice += f"make the shards with --min-size {crop_size} and --tile {crop_size} or more."
+    else:
+        advice += (
+            f"delete {INDEX_NAME} and see which they are with "
+            f"'python tools/make_shards.py index --min-size {crop_size} …'."
+        )
+    raise UserError(
+        f"data.crop_size is {crop_size}, but {index.root} holds pictures of {index.smallest_side} "
+        f"pixels{f', such as {smallest}' if known else ''}. {advice}"
+    )
+
+
 def make_plan(
     index: Index, *, seed: int, global_batch_size: int, crops_per_image: int, crop_size: int
 ) -> Plan:
     """The plan for an index.
 
     Raises:
-        UserError: fewer samples than rows in a batch, or the crop is larger than a sample.
+        UserError: fewer samples than rows in a batch.
     """
     if index.samples < global_batch_size:
         raise UserError(
             f"{index.root} holds {index.samples} samples; a global batch needs {global_batch_size} "
             "different ones. Make more samples (a smaller --tile, more pictures) or lower "
             "train.global_batch_size."
-        )
-    if index.smallest_side < crop_size:
-        raise UserError(
-            f"data.crop_size is {crop_size}, but {index.root} holds pictures of "
-            f"{index.smallest_side} pixels. Lower data.crop_size, or make the shards with "
-            f"--min-size {crop_size} and --tile {crop_size} or more."
         )
     # A lane holds the undecoded samples of a window and the crops of those it has decoded.
     crops_bytes = crop_size * crop_size * index.channels * crops_per_image

@@ -9,7 +9,8 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +24,7 @@ __all__ = [
     "Settings",
     "check_address",
     "check_cache",
+    "is_cached",
     "is_remote",
     "local_path",
     "open_file",
@@ -33,24 +35,90 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_ROOM = "Make room, lower stream.cache_bytes, or name another folder."
+
 
 class OtherBytes(OSError):
     """A file that is not the one that the index tells of; the message says all."""
 
 
-def check_cache(settings: Settings) -> None:
-    """Make the cache's folder, if there is to be one.
+def check_cache(settings: Settings, files: Sequence[tuple[str, int, str]] = ()) -> None:
+    """Make the cache's folder, if there is to be one, and see whether it can hold `files`.
+
+    Each of them is an address with the bytes and the sha256 that the index tells. Where all are in
+    the cache already, nothing is written and the folder may be read-only.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made or written to, or there is no room.
     """
-    if settings.cache_dir is not None:
-        try:
-            Path(settings.cache_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"stream.cache_dir: cannot make the folder {settings.cache_dir}: {error.strerror}"
-            ) from None
+    if settings.cache_dir is None:
+        return
+    folder, most = Path(settings.cache_dir), settings.cache_bytes
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"stream.cache_dir: cannot make the folder {folder}: {error.strerror}"
+        ) from None
+    for address, size, _ in files:
+        _check_fits(settings, address, size)
+    missing = [size for address, size, sha in files if not is_cached(settings, address, size, sha)]
+    if not missing:
+        return
+    with _told_of_cache(settings), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    kept = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    needed = min(sum(missing), max(0, most - kept)) + max(missing)  # one that is being fetched
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"stream.cache_dir: {folder} has {free / 1e9:.1f} GB free, and the shards would take "
+            f"{needed / 1e9:.1f} GB more. {_ROOM}"
+        )
+
+
+def is_cached(settings: Settings, address: str, size: int, sha256: str) -> bool:
+    """Whether a shard is in the cache."""
+    if settings.cache_dir is None:
+        return False
+    path = _place(settings, address, size, sha256)
+    return path.is_file() and path.stat().st_size == size
+
+
+def _place(settings: Settings, address: str, size: int, sha256: str) -> Path:
+    """Where a shard lies in the cache."""
+    assert settings.cache_dir is not None
+    key = hashlib.sha256(f"{address}\0{size}\0{sha256}".encode()).hexdigest()[:32]
+    return Path(settings.cache_dir) / f"{key}.tar"
+
+
+def _check_fits(settings: Settings, address: str, size: int) -> None:
+    if size > settings.cache_bytes:
+        raise UserError(
+            f"stream.cache_bytes is {settings.cache_bytes}, but {address} has {size} bytes; allow "
+            "more, or leave stream.cache_dir out"
+        )
+
+
+@contextlib.contextmanager
+def _told_of_cache(settings: Settings) -> Iterator[None]:
+    """Raise what is wrong with the cache's folder as that, and not as a fault of a shard."""
+    try:
+        yield
+    except OSError as error:
+        # Of a file afar, which has no name on the disk.
+        afar = isinstance(error, FileNotFoundError | PermissionError) and error.filename is None
+        if afar or isinstance(error, remote.Unreadable):
+            raise
+        advice = _ROOM
+        if error.errno not in remote.OF_A_FULL_DISK:
+            advice = "Make it writable, name another folder, or leave stream.cache_dir out."
+        raise UserError(
+            f"stream.cache_dir: cannot keep shards in {settings.cache_dir}: "
+            f"{error.strerror or error}. {advice}"
+        ) from None
 
 
 def local_path(address: str) -> Path:
@@ -77,7 +145,8 @@ def open_file(
         longer = size is not None and os.fstat(file.fileno()).st_size > size
         return cast(BinaryIO, io.BufferedReader(_Beginning(file, size or 0))) if longer else file
     if settings.cache_dir is not None and size is not None and sha256:
-        cached = _Cache(settings).open(address, size, sha256)
+        with _told_of_cache(settings):
+            cached = _Cache(settings).open(address, size, sha256)
         if cached is not None:
             return cached
     return remote.open_file(address, settings, size)
@@ -153,18 +222,15 @@ class _Cache:
 
     def open(self, address: str, size: int, sha256: str) -> BinaryIO | None:
         """The shard, or None where the one at `address` is not that of the index."""
-        if size > self.settings.cache_bytes:
-            raise UserError(
-                f"stream.cache_bytes is {self.settings.cache_bytes}, but {address} has {size} bytes"
-            )
-        key = hashlib.sha256(f"{address}\0{size}\0{sha256}".encode()).hexdigest()[:32]
+        _check_fits(self.settings, address, size)
         check_cache(self.settings)
-        path = self.folder / f"{key}.tar"
+        path = _place(self.settings, address, size, sha256)
+        key = path.stem
         while key not in _not_kept:
             with contextlib.suppress(FileNotFoundError):
                 file = path.open("rb")
                 if os.fstat(file.fileno()).st_size == size:
-                    with contextlib.suppress(PermissionError):  # somebody else's cache serves too
+                    with contextlib.suppress(OSError):  # somebody else's cache serves too
                         os.utime(path)  # when it was last used
                     return file
                 file.close()

@@ -207,7 +207,7 @@ class _Reader:
 
     def _spare(self, shard: int) -> list[_Member]:
         """The usable ones among the first samples of the first shard after `shard` that has any."""
-        others = self.stream.index.shards
+        others, first = self.stream.index.shards, ""
         for other in [*range(shard + 1, len(others)), *range(shard + 1)]:
             count = min(others[other].count, self.plan.window)
             found = []
@@ -215,12 +215,13 @@ class _Reader:
             for member in self._read(iter(segments)):
                 try:
                     self._decode(member)
-                except DataError:
+                except DataError as error:
+                    first = first or str(error)
                     continue
                 found.append(member)
             if found:
                 return found
-        raise DataError(f"no sample of {self.stream.index.root} can be used")
+        raise DataError(f"no sample of {self.stream.index.root} can be used; one of them: {first}")
 
     def _read(self, segments: Iterator[shards.Segment]) -> Iterator[_Member]:
         """The samples of `segments`, those that cannot be read without a key.

@@ -122,12 +122,13 @@ class Sample:
 
 
 def read_samples(
-    file: BinaryIO, *, passed_over: int = 0, end: int | None = None
+    file: BinaryIO, *, passed_over: int = 0, end: int | None = None, ours: bool = False
 ) -> Iterator[Sample]:
     """The samples of a tar that hold a picture, from where `file` stands to `end`.
 
     The pictures of the first `passed_over` of them are not read. Where a sample's .json holds the
-    CRC-32 of its picture, as it does in the shards that we write, the two are compared.
+    CRC-32 of its picture, the two are compared. `ours`: `shard_writer` wrote the tar, so that each
+    has one, and to have lost it is damage.
 
     Raises:
         DamagedTar: as `read_members`; a sample has a member twice, or one too large.
@@ -135,7 +136,7 @@ def read_samples(
     count = 0
     named = (member for member in read_members(file, end) if all(_split(member.name)))
     for key, members in itertools.groupby(named, lambda member: _split(member.name)[0]):
-        sample = _sample(key, members, count >= passed_over)
+        sample = _sample(key, members, count >= passed_over, ours)
         if sample.ending:
             yield sample
             count += 1
@@ -184,7 +185,7 @@ def _split(name: str) -> tuple[str, str]:
     return (folder + slash + base if base else ""), ending
 
 
-def _sample(key: str, members: Iterator[Member], wanted: bool) -> Sample:
+def _sample(key: str, members: Iterator[Member], wanted: bool, ours: bool) -> Sample:
     offset, about, endings = -1, {}, set[str]()
     pictures: list[tuple[str, bytes]] = []  # ending and bytes
     for member in members:
@@ -206,13 +207,15 @@ def _sample(key: str, members: Iterator[Member], wanted: bool) -> Sample:
     if len(pictures) > 1:
         several = ", ".join(ending for ending, _ in pictures)
         problem = f"has several pictures ({several}), and nothing says which one to take"
+    elif ours and "crc32" not in about:
+        problem = "has no .json that tells the CRC-32 of its picture, as it was written with"
     elif wanted and ending and "crc32" in about and zlib.crc32(picture) != about["crc32"]:
         problem = "does not have the bytes that its .json tells of"
     return Sample(key, offset, ending, picture, about, problem)
 
 
 def _about(text: bytes) -> dict[str, Any]:
-    """A sample's .json; empty where it is none, since foreign ones may be anything."""
+    """A sample's .json; empty where it is none: it is damaged, or of others and may be anything."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):

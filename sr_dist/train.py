@@ -118,6 +118,8 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
     index = shards.read_index(data.train, reading)
     if index.channels < data.channels:
         raise UserError(f"{data.train} holds gray pictures, but data.channels is {data.channels}")
+    if config.stream.on_error == "stop":
+        shards.check_size(index, data.crop_size)
     plan = shards.make_plan(
         index,
         seed=config.run.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import shutil
 import struct
 import tarfile
@@ -15,7 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import images, indexing, shard_reader, shards, storage, stream, tars
+from sr_dist import (
+    config,
+    images,
+    indexing,
+    shard_reader,
+    shards,
+    storage,
+    stream,
+    tars,
+    train,
+)
+from sr_dist.errors import UserError
 from tests.streams import assert_equal, joined, read, read_batches
 
 
@@ -68,9 +80,18 @@ def flip(place: Callable[[tars.Sample], int]) -> Callable[[Path], None]:
     return damage
 
 
+def about(picture: bytes) -> bytes:
+    return json.dumps({"crc32": zlib.crc32(picture)}).encode()
+
+
+def replace(tar: Path, key: str, ending: str, picture: bytes) -> None:
+    """Another picture, as if it had been written so."""
+    rewrite(tar, key, **{"webp": None, ending: picture, "json": about(picture)})
+
+
 def small(tar: Path) -> None:
     picture = images.encode(np.zeros((20, 90, 3), np.uint8), "png")
-    rewrite(tar, samples(tar)[4].key, webp=None, png=picture, json=b"{}")
+    replace(tar, samples(tar)[4].key, "png", picture)
 
 
 def bomb() -> bytes:
@@ -101,11 +122,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"it holds \d+ samples from byte \d+ on, where the index has \d+",
     ),
     "an undecodable picture": (
-        lambda tar: rewrite(tar, samples(tar)[4].key, webp=b"RIFF nonsense", json=b"{}"),
+        lambda tar: replace(tar, samples(tar)[4].key, "webp", b"RIFF nonsense"),
         r"sample 0000000\d\d is no picture",
     ),
     "a decompression bomb": (
-        lambda tar: rewrite(tar, samples(tar)[4].key, webp=None, png=BOMB, json=b"{}"),
+        lambda tar: replace(tar, samples(tar)[4].key, "png", BOMB),
         r"sample 0000000\d\d .*exceeds limit",
     ),
     "a small picture": (small, "is 90x20 pixels, smaller than data.crop_size 48"),
@@ -175,6 +196,23 @@ def test_a_missing_shard_is_never_skipped(sharded: Path, tmp_path: Path, on_erro
         read(folder, last=LAST, crops=1, on_error=on_error)
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("fault", ["missing", "unreadable"])
+def test_shards_that_cannot_be_read_are_told_before_a_run(
+    recipe: Path, sharded: Path, tmp_path: Path, on_error: str, fault: str
+) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "out"))
+    tar = folder / "shard-000001.tar"
+    tar.unlink()
+    message = "shard-000001.tar is not there, though its index.json lists it"
+    if fault == "unreadable":
+        tar.mkdir()  # as a file without rights is to all but root: there, and not to be opened
+        message = "shard-000001.tar cannot be read: Is a directory"
+    overrides = (f"data.train={folder}", f"stream.on_error={on_error}")
+    with pytest.raises(UserError, match=message + ".* Such shards are never skipped"):
+        train.run(config.load(recipe, overrides), dry=True)
+
+
 def test_a_longer_file_is_read_as_far_as_the_index_says(sharded: Path, tmp_path: Path) -> None:
     """As from afar, where no more is asked for."""
     folder = Path(shutil.copytree(sharded, tmp_path / "out"))
@@ -186,6 +224,42 @@ def test_a_longer_file_is_read_as_far_as_the_index_says(sharded: Path, tmp_path:
     found = [s.key for s in shard_reader.read_range(held, 0, 0, shorter.count, storage.DEFAULT)]
     whole = [sample.key for sample in samples(tar)]
     assert found[:5] == whole[:5] and not any(found[6:]) and len(found) == len(whole)
+
+
+def without_its_crc(tar: Path) -> None:
+    """A flipped bit in the name of the key, and one in the picture."""
+    sample = samples(tar)[4]
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"crc32", sample.offset) + 4] ^= 1
+    data[data.index(sample.picture, sample.offset) + len(sample.picture) // 2] ^= 1
+    tar.write_bytes(data)
+
+
+def no_json(tar: Path) -> None:
+    sample = samples(tar)[4]
+    data = bytearray(tar.read_bytes())
+    data[data.index(b'{"source"', sample.offset)] ^= 1
+    tar.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [no_json, lambda tar: rewrite(tar, samples(tar)[4].key, json=None), without_its_crc],
+    ids=["flipped", "missing", "key-and-picture"],
+)
+def test_our_own_shards_have_a_crc(
+    sharded: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Without it, a changed picture would be read as if nothing were."""
+    folder = copy_with_marks(sharded, tmp_path / "damaged", most=6)
+    key = samples(folder / "shard-000001.tar")[4].key
+    damage(folder / "shard-000001.tar")
+    message = f"sample {key} has no .json that tells the CRC-32 of its picture"
+    with pytest.raises(stream.DataError, match=message):
+        read(folder, last=LAST, crops=1)
+    batches = read_batches(folder, last=LAST // 2, crops=1, on_error="skip")
+    assert [message in skipped for batch in batches for skipped in batch.skipped] == [True]
+    assert any(message in problem for problem in indexing.verify(str(folder)))
 
 
 def test_verify_finds_it_beforehand(case: tuple[Path, str, object]) -> None:
@@ -202,7 +276,7 @@ def test_what_is_skipped_is_reported_once_an_epoch(
     tar = folder / "shard-000001.tar"
     bad = [sample.key for sample in samples(tar)[:3]]
     for key in bad:
-        rewrite(tar, key, webp=b"RIFF nonsense", json=b"{}")
+        replace(tar, key, "webp", b"RIFF nonsense")
     last = 22 * crops
     options = {"crops": crops, "on_error": "skip", "num_workers": 2}
     batches = read_batches(folder, last=last, **options)

@@ -271,7 +271,7 @@ def test_shards_that_went_missing_are_told(photographs: Path, tmp_path: Path) ->
     write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
     (tmp_path / "out" / "shard-000001.tar").unlink()
     before = contents(tmp_path / "out")
-    message = "shard-000001.tar cannot be read: No such file .*; delete .*/out, and run the same"
+    message = "shard-000001.tar is not there, .* lists it; delete .*/out, and run the same"
     with pytest.raises(UserError, match=message):
         write(photographs, tmp_path / "out", tile=64, samples_per_shard=30)
     assert contents(tmp_path / "out") == before

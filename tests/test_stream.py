@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from sr_dist import images, indexing, shard_reader, shard_writer, shards, stream
+from sr_dist import images, indexing, shard_reader, shard_writer, shards, stream, tars
 from sr_dist.degradation import Degradation
 from sr_dist.errors import UserError
 from tests.streams import assert_equal, joined, read, read_batches, stream_of
@@ -100,6 +102,71 @@ def test_going_on_from_any_step_gives_the_batches_of_the_unbroken_run(
     for first in (1, 5, plan_steps - 1, plan_steps, plan_steps + 3):
         rest = read(sharded, first=first, last=last, window=window, num_workers=first % 3)
         assert_equal(rest, whole[first:])
+
+
+def test_going_on_decodes_nothing_that_it_passes(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    real = images.decode
+    monkeypatch.setattr(
+        images, "decode", lambda data, channels: decoded.append(data) or real(data, channels)
+    )
+    read(sharded, first=31, last=32)
+    assert len(decoded) == 6, "one for each row"
+    index, plan = (getattr(stream_of(sharded), name) for name in ("index", "plan"))
+    rows = shards.samples_of_step(plan, 31)
+    held = [list(shard_reader.read_samples(index.address(n))) for n in range(3)]
+    assert decoded == [held[shard][sample].picture for shard, sample, _ in rows]
+
+
+def test_going_on_in_an_epoch_of_a_billion_opens_a_shard_a_lane(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the stream itself: shards of which the reader alone is told.
+
+    A window that lies across the border of two shards needs samples of both, as their order is
+    drawn for them together: 37 of 10,000 samples, and so 4 lanes of 1,000.
+    """
+    listed = tuple(shards.Shard(f"{n}.tar", 9_000 + n % 2_001, 10**9, "0") for n in range(100_000))
+    index = shards.Index("nowhere", 3, 128, listed, {})
+    plan = shards.make_plan(index, seed=0, global_batch_size=4096, crops_per_image=4, crop_size=96)
+    first = 3 * plan.steps_per_epoch + plan.steps_per_epoch // 2
+    opened: list[tuple[int, int, int]] = []  # shard, and the samples read of it
+    decoded: list[tuple[int, int]] = []
+
+    def reading(
+        index: shards.Index, shard: int, start: int, stop: int, _: object
+    ) -> Iterator[tars.Sample]:
+        opened.append((shard, start, start))
+        for number in range(start, stop):
+            opened[-1] = (shard, start, number + 1)
+            yield tars.Sample(str(number), 0, "png", b"", {})
+
+    def decoding(self: object, member: stream._Member) -> images.Picture:
+        decoded.append((member.shard, member.number))
+        return np.zeros((128, 128, 3), np.uint8)
+
+    monkeypatch.setattr(shard_reader, "read_range", reading)
+    monkeypatch.setattr(stream._Reader, "_decode", decoding)
+    source = dataclasses.replace(
+        stream_of(sharded), index=index, plan=plan, first_step=first, crop_size=96
+    )
+    reader, across = stream._Reader(source), 0
+    rows = shards.samples_of_step(plan, first)
+    for row in range(0, 4096, 4):
+        shard, sample, _ = rows[row]
+        opened.clear()
+        decoded.clear()
+        next(reader.lane(row))
+        assert decoded == [(shard, sample)]
+        (whole,) = {stop - start for _, start, stop in opened} if len(opened) == 1 else {0}
+        assert whole in (0, plan.window), "from the window on, and not from the shard's beginning"
+        if len(opened) > 1:
+            (_, _, end), (_, begin, _) = opened
+            assert end == listed[opened[0][0]].count and begin == 0, "two only across a border"
+            across += 1
+    assert plan.window == 37 and 0 < across < 10
 
 
 def test_epochs_crop_differently(sharded: Path) -> None:

@@ -32,7 +32,8 @@ curve     dB on pictures never trained on against minutes, of a recipe and of th
 startup   seconds from the command to the end of its first step, against importing torch,
           torchvision and accelerate alone (here ratio is how many times as long); the same when
           resuming in mid-epoch, and with 10,000 shards.
-memory    resident memory of a process that reads samples, after a tenth of them and after all.
+memory    resident memory of a process that reads samples through a loader worker, and of that one,
+          after a tenth of them (or the first epoch) and after all. On Linux alone.
 
 Ours and the reference take turns, A B A B; medians and spreads are reported. `ratio` is how many
 times better ours is.

@@ -1,16 +1,24 @@
-"""Resident memory of a process that reads samples, after a tenth of them and after all."""
+"""Memory of a training rank's reading, after a tenth of the samples and after all.
+
+Of a process and its loader worker together, over more tiles than the shuffle windows hold, so that
+what they keep has to go for what comes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks import measuring
-from sr_dist import dataset, machine, shard_writer, shards, stream
+from sr_dist import dataset, images, shard_writer, shards, stream
 from sr_dist.degradation import Degradation
+from sr_dist.errors import UserError
 
 
 def crops(
@@ -45,33 +53,71 @@ def crops(
     )
 
 
+_SHIFTED = 5  # copies of each photograph, cut into tiles elsewhere
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     steps = arguments.samples // arguments.batch_size
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = [(path, path.name) for path in dataset.find_sample_photographs()]
-        with shard_writer.local_workers(2) as executor:
-            options = shard_writer.Options(tile=128, samples_per_shard=100)
-            shard_writer.write(pictures, Path(folder), options, executor=executor)
+    with tempfile.TemporaryDirectory() as name:
+        index = shards.read_index(str(_write_shards(Path(name), arguments.crop_size)))
         source = crops(
-            shards.read_index(folder),
+            index,
             batch_size=arguments.batch_size,
             crop_size=arguments.crop_size,
             scale=arguments.scale,
             crops_per_image=1,
             steps=steps,
         )
-        resident = [
-            machine.megabytes_in_use()["resident"]
-            for step, _ in enumerate(stream.batches(source, num_workers=0, pin_memory=False))
-            if step + 1 in (max(1, steps // 10), steps)
+        held = source.plan.window * arguments.batch_size
+        if index.samples <= held:
+            raise UserError(
+                f"the shuffle windows hold {held} samples, and {index.samples} are all there are; "
+                "lower --batch-size, or raise --crop-size"
+            )
+        # Not before the second epoch is well begun: what the fork shares comes apart until then.
+        begun = min(steps, max(steps // 10, source.plan.steps_per_epoch * 5 // 4))
+        used = [
+            _megabytes()
+            for step, _ in enumerate(stream.batches(source, num_workers=1, pin_memory=False))
+            if step + 1 in (begun, steps)
         ]
     return {
         "what": "memory",
-        "ours": round(resident[-1], 1),
-        "reference": round(resident[0], 1),
-        "ratio": round(resident[-1] / resident[0], 3),
+        "ours": round(used[-1], 1),
+        "reference": round(used[0], 1),
+        "ratio": round(used[-1] / used[0], 3),
         "unit": "MB resident",
         "samples": steps * arguments.batch_size,
         "epochs": steps // source.plan.steps_per_epoch,
+        "tiles": index.samples,
+        "tiles_in_windows": held,
         **measuring.about(torch.device("cpu")),
     }
+
+
+def _write_shards(folder: Path, tile: int) -> Path:
+    """A few thousand tiles of the sample photographs."""
+    listed = []
+    for number, path in enumerate(dataset.find_sample_photographs()):
+        picture = images.decode(path, 3)
+        for shift in range(_SHIFTED):
+            start = shift * tile // _SHIFTED
+            target = folder / f"{number}_{shift}.png"
+            images.to_pillow(np.ascontiguousarray(picture[start:, start:])).save(
+                target, compress_level=0
+            )
+            listed.append((target, target.name))
+    with shard_writer.local_workers(2) as executor:
+        options = shard_writer.Options(tile=tile, min_size=tile, samples_per_shard=100)
+        shard_writer.write(listed, folder / "shards", options, executor=executor)
+    return folder / "shards"
+
+
+def _megabytes() -> float:
+    """Resident, of this process and those it started; what they share is counted once."""
+    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    total = 0
+    for pid in pids:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += sum(int(line.split()[1]) for line in text.splitlines() if line[:4] == "Pss:")
+    return total * 1024 / 1e6
