@@ -111,7 +111,7 @@ def check_files(index: shards.Index, settings: storage.Settings = storage.DEFAUL
         more = f" ({len(unreadable)} cannot be read)" if len(unreadable) > 1 else ""
         raise UserError(
             f"shard {unreadable[0]}{more}. Such shards are never skipped: bring it back, or name "
-            f"those to train on, as in {index.root}/shard-{{000000..000009}}.tar"
+            f"those to train on, {index.root}/{{ONE.tar,OTHER.tar}}"
         )
     return differing
 

@@ -160,6 +160,10 @@ def test_faults_of_the_cache_are_told_as_such(
             server.serve(f"/s/{path.name}", data(path.read_bytes(), ranges=ranges))
         with full_disk(), pytest.raises(UserError, match=message):
             read(index.root, settings=cached, on_error="skip")
+    asked = len(server.requests)
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        remote.fetch_whole(index.address(0), QUICK, tmp_path / "whole")
+    assert len(server.requests) == asked + 1, "another attempt would find it as full"
     room = shutil.disk_usage(tmp_path)._replace(free=sum(s.bytes for s in index.shards))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: room)
