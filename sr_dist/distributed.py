@@ -186,6 +186,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _launcher_keeps_store() -> bool:
+    """Whether the store of the ranks is their launcher's, rather than rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _join_again(backend: str, timeout: float) -> None:
     """After a restart by the launcher (`--max_restarts`), join the group under keys of its own.
 
@@ -193,7 +198,7 @@ def _join_again(backend: str, timeout: float) -> None:
     the first one listened; those of the second would knock there.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if attempt == "0" or not _launcher_keeps_store():
         return
     patience = datetime.timedelta(seconds=timeout)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -263,6 +268,7 @@ def joined(
         accelerator.num_processes,
         distributed_c10d._get_default_store() if several else None,
         timeout,
+        "the launcher that keeps the ranks together" if _launcher_keeps_store() else "rank 0",
     )
     processes = Processes(
         accelerator=accelerator,
