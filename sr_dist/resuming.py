@@ -66,7 +66,10 @@ def find_start(
         UserError: there is one where `resume` is never, it is of another model or data, or what
             `resume` names is none.
     """
-    found = checkpoint.find_newest(folder)
+    anew = "none is whole"
+    if resume in ("auto", "never"):
+        anew += ": the run starts anew, from step 0"
+    found = checkpoint.find_newest(folder, otherwise=anew)
     went_there = found is not None and found.meta.get("resume") == resume
     if resume not in ("auto", "never") and not went_there:
         named = checkpoint.find_in(Path(resume), names=None)
