@@ -98,6 +98,12 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
             f"run.processes is {config.run.processes}, but the launcher started "
             f"{processes.world_size}; see launch/accelerate/ for configurations that start several"
         )
+    if config.run.processes is None and distributed.lacks_processes(processes.world_size):
+        raise UserError(
+            "accelerate launch was told of several processes and started one, as it does with "
+            "--cpu; see launch/accelerate/ for configurations that start several, or set "
+            "run.processes=1 for one"
+        )
     parts = processes.world_size * config.train.accumulation_steps
     if batch_size % parts:
         raise UserError(
@@ -219,7 +225,11 @@ def _run(
         _say_what_will_be_done(config, processes, inputs, networks, (size, free), total_images)
         if start is not None:
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
-            changes = _changes(folder / "config.yaml", config)
+            # Its own, or that of the run which run.resume names.
+            changes = _changes(start.folder.resolve().parents[1] / "config.yaml", config)
+            ranks = start.meta.get("world_size", processes.world_size)
+            if ranks != processes.world_size:
+                changes.append(f"the number of processes was {ranks}, is {processes.world_size}")
             for change in changes:
                 log.info("changed since: %s", change)
     batches = _batches(config, processes, inputs, position.place)
@@ -367,9 +377,10 @@ def _run(
             stops = stops or unmeasured
             if processes.is_main and stops:  # before any rank ends: launchers end the others then
                 saver.finish()
+                tracker.close()
+                distributed.end_attempts(timeout=60 * config.run.timeout_minutes)
             stops = bool(processes.wait_for_main(f"step {step}", "stop" * stops))
         if stops:
-            tracker.close()
             raise Stopped(
                 f"stopped by {processes.watch.signal or 'another rank'} at step {step} of "
                 f"{total_steps}; the same command goes on from there"

@@ -36,7 +36,7 @@ from sr_dist import (
     train,
 )
 from sr_dist.errors import UserError
-from tests.helpers import REPOSITORY, refuse, succeed
+from tests.helpers import REPOSITORY, refuse, run, succeed
 from tests.local_server import Server, data, status
 from tests.runs import (
     ONE_PROCESS,
@@ -302,6 +302,29 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(recipe: Path, tmp_pa
     assert re.search(r"checkpoints of about [1-9]\d* MB, \d+ GB free", done.stderr)
     assert "18 steps of 8 crops an epoch; validation on 1 picture(s)" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_launcher_that_starts_one_process_where_several_were_wanted_is_found_out(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("launch/train.py", "--config", recipe, "--dry-run", "loss.content.weight=0")
+    script = str(REPOSITORY / words[0])
+    two = ("accelerate", "launch", "--cpu", "--num_processes", "2", script, *words[1:])
+    done = run(*two)
+    assert done.returncode != 0 and "was told of several processes and started one" in done.stderr
+    assert "1 process on cpu" in succeed(*two, "run.processes=1").stderr
+
+    known = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    for name in ("RANK", "WORLD_SIZE", *known):
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.lacks_processes(1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert not distributed.lacks_processes(1), "no launcher was asked for anything"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert distributed.lacks_processes(1)
+    assert not distributed.lacks_processes(2), "as under mpirun"
+    monkeypatch.setenv("RANK", "0")
+    assert not distributed.lacks_processes(1)
 
 
 def test_files_room_and_processes_are_checked_before_the_first_step(
@@ -655,6 +678,18 @@ def test_all_ranks_evaluate_to_the_same_numbers_as_one(
     assert done.returncode != 0
     assert "3.png" in done.stderr and "another rank could not evaluate" in done.stderr
     assert saved(tmp_path / "runs" / "broken")[1]["step"] == 18, "the training is kept"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks", ["main", "all"])
+def test_an_evaluation_may_take_longer_than_a_collective_waits(
+    recipe: Path, tmp_path: Path, ranks: str
+) -> None:
+    settings = ("run.timeout_minutes=0.1", "train.epochs=1", "loss.content.weight=0")
+    settings += (f"evaluation.ranks={ranks}",)
+    done = launch(TWO_PROCESSES, "tests/workers/slow_evaluation.py", 8, recipe, *settings)
+    assert done.returncode == 0, done.stderr
+    assert saved(tmp_path / "runs" / "small")[1]["metrics"]
 
 
 @pytest.mark.multiprocess
