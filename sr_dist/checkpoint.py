@@ -265,17 +265,26 @@ class Saver:
         self.check()
 
 
-def find_newest(folder: Path, names: Container[str] | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint below `folder`; those passed over are logged with the reason.
+def find_newest(
+    folder: Path, names: Container[str] | None = None, otherwise: str = "none is whole"
+) -> Checkpoint | None:
+    """The newest whole checkpoint below `folder`.
 
-    `names`: the files that matter; None for all.
+    Those passed over are logged with the reason and the one that is taken instead, in one warning.
+
+    `names`: the files that matter; None for all. `otherwise`: what to say where none is whole.
     """
+    found, problems = None, []
     for candidate in _folders(folder):
         try:
-            return verify(candidate, names)
+            found = verify(candidate, names)
+            break
         except UserError as error:
-            log.warning("passed over a checkpoint: %s", error)
-    return None
+            problems.append(str(error))
+    if problems:
+        instead = otherwise if found is None else f"{found.folder} is taken instead"
+        log.warning("passed over a checkpoint: %s; %s", "; ".join(problems), instead)
+    return found
 
 
 def verify(folder: Path, names: Container[str] | None = None) -> Checkpoint:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from sr_dist import machine
-from sr_dist.errors import LostRank, UserError, said_once_a_node
+from sr_dist.errors import LostRank, Stopped, UserError, said_once_a_node
 from sr_dist.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -186,25 +186,70 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _launcher_keeps_store() -> bool:
+    """Whether the store of the ranks is their launcher's, rather than rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def lacks_processes(world_size: int) -> bool:
+    """Whether `accelerate launch` was told to start several processes, and started this one alone.
+
+    Its launcher of one process gives an address to meet at if several were asked for, and no rank.
+    """
+    told = os.environ.keys()
+    alone = world_size == 1 and not told & {"RANK", "WORLD_SIZE"}
+    return alone and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= told
+
+
+def _attempt() -> int:
+    """How often the launcher has started all ranks again (`--max_restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _launchers_store(timeout: float) -> Any:
+    """The store that the launcher keeps for all attempts, and that ends with it."""
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+
+
+def end_attempts(timeout: float) -> None:
+    """Let the attempts that the launcher will make after this one end as well: `joined` sees to it.
+
+    To it a rank that stops has failed, whatever its status. For one rank to call.
+    """
+    if _launcher_keeps_store():
+        _launchers_store(timeout).set("sr_dist/stopped", str(_attempt()))
+
+
+def _was_stopped(timeout: float) -> bool:
+    """Whether an earlier attempt of the same launcher called `end_attempts`."""
+    if not _launcher_keeps_store():
+        return False
+    store, key = _launchers_store(timeout), "sr_dist/stopped"
+    told = int(store.get(key)) if store.check([key]) else -1
+    if told == _attempt():  # the launcher stopped all ranks itself, to start more of them
+        store.set(key, "-1")
+    return 0 <= told < _attempt()
+
+
 def _join_again(backend: str, timeout: float) -> None:
     """After a restart by the launcher (`--max_restarts`), join the group under keys of its own.
 
     The launcher keeps one store for all attempts, and torch 2.14 leaves in it where the ranks of
     the first one listened; those of the second would knock there.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _attempt() or not _launcher_keeps_store():
         return
-    patience = datetime.timedelta(seconds=timeout)
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    tcp_store = torch.distributed.TCPStore  # type: ignore[attr-defined]
-    store = tcp_store(host, port, is_master=False, timeout=patience)
     torch.distributed.init_process_group(
         backend,
-        store=distributed_c10d.PrefixStore(f"attempt {attempt}", store),
+        store=distributed_c10d.PrefixStore(f"attempt {_attempt()}", _launchers_store(timeout)),
         rank=int(os.environ["RANK"]),
         world_size=launched_world_size(),
-        timeout=patience,
+        timeout=datetime.timedelta(seconds=timeout),
     )
 
 
@@ -222,6 +267,7 @@ def joined(
 
     Raises:
         UserError: fp16 without a GPU; accelerate would compute in fp32 and not say so.
+        Stopped: an earlier attempt of the same launcher was.
         LostRank: the others do not answer any more.
     """
     on_cpu = not torch.cuda.is_available()
@@ -229,6 +275,8 @@ def joined(
     with said_once_a_node():
         if on_cpu and (mixed_precision or told) == "fp16":
             raise UserError("mixed precision fp16 needs a GPU, and none is here; use bf16 or no")
+    if _was_stopped(timeout):
+        raise Stopped("stopped before the launcher started it again; the same command goes on")
     _join_again("gloo" if on_cpu else "nccl", timeout)
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -263,6 +311,7 @@ def joined(
         accelerator.num_processes,
         distributed_c10d._get_default_store() if several else None,
         timeout,
+        "the launcher that keeps the ranks together" if _launcher_keeps_store() else "rank 0",
     )
     processes = Processes(
         accelerator=accelerator,

@@ -15,28 +15,41 @@ from sr_dist.errors import UserError
 class Nonfinite:
     """Counts the steps in which something was not finite; adding waits for nothing.
 
-    `counts`: (3,) int64 on the device: such steps, those in a row now, and the most in a row.
-    `first`: the step that was the first of them, or -1. Gradients are the same on all ranks, and so
-    are these; `terms` are this rank's own losses of that step.
+    `limit`: so many of them in a row are too many. `counts`: (3,) int64 on the device: such steps
+    in the whole run, those in a row now, and the most in a row since this start. `first`: the step
+    with which the first row of `limit` began, or until there is one, the newest row; -1 before.
+    `earlier`: how many steps of that row lie before it, and before this start. Gradients are the
+    same on all ranks, and so are these; `terms` are this rank's own losses of step `first`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.limit = limit
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         self.first = torch.full((), -1, dtype=torch.int64, device=device)
+        self.earlier = torch.zeros_like(self.first)
         self.terms: dict[str, Tensor] = {}
+
+    def restore(self, counts: Tensor) -> None:
+        """Go on counting from a checkpoint's `counts`.
+
+        A row that it stands in goes on, but what lies before is not judged again: other settings
+        may have let it pass, and what was not finite then is not known any more.
+        """
+        self.counts = counts.to(self.counts.device) * self.counts.new_tensor([1, 1, 0])
 
     def add(self, scalars: Mapping[str, Tensor], step: int) -> None:
         lengths = [value for name, value in scalars.items() if name.startswith("gradient/")]
         bad = (~torch.isfinite(torch.stack(lengths)).all()).long()
-        total, in_a_row, most = self.counts.unbind()
-        in_a_row = (in_a_row + bad) * bad
+        total, before, most = self.counts.unbind()
+        in_a_row = (before + bad) * bad
         self.counts = torch.stack([total + bad, in_a_row, torch.maximum(most, in_a_row)])
-        now = (self.first < 0) & (bad > 0)
-        self.first = torch.where(now, step, self.first)
+        begins = (bad > 0) & ((before == 0) | (self.first < 0)) & (most < self.limit)
+        self.first = torch.where(begins, step, self.first)
+        self.earlier = torch.where(begins, before, self.earlier)
         for name, value in scalars.items():
             if name.startswith(("loss/", "gradient/")):
-                before = self.terms.get(name, torch.zeros_like(now))
-                self.terms[name] = torch.where(now, ~torch.isfinite(value), before)
+                held = self.terms.get(name, torch.zeros_like(begins))
+                self.terms[name] = torch.where(begins, ~torch.isfinite(value), held)
 
 
 def check_weights(modules: Mapping[str, nn.Module], step: int) -> None:
@@ -60,24 +73,18 @@ def check_updates(
     index: shards.Index,
     plan: shards.Plan,
     reading: storage.Settings,
-    *,
-    skips: bool,
-    most_in_a_row: int,
     place_of_step_0: int,
 ) -> int:
     """How many updates were left out so far because they were not finite.
 
-    `skips`: go on after them, unless there were `most_in_a_row`. `place_of_step_0`: what to add to
-    a step to find it in the plan.
+    `place_of_step_0`: what to add to a step to find it in the plan.
 
     Raises:
-        UserError: on all ranks alike, if that is too many, with the step, the terms of the loss and
-            the samples that were the first.
+        UserError: on all ranks alike, if there were too many in a row, with the step, the terms of
+            the loss and the samples that were the first of them.
     """
-    total, _, in_a_row = nonfinite.counts.tolist()
-    # fp16 finds its loss scale by trying: it leaves out a step now and then.
-    tolerant = skips or processes.mixed_precision == "fp16"
-    if total == 0 or (tolerant and in_a_row < most_in_a_row):
+    total, _, most = nonfinite.counts.tolist()
+    if most < nonfinite.limit:
         return int(total)
     step = int(nonfinite.first)
     names = sorted(nonfinite.terms)
@@ -91,9 +98,13 @@ def check_updates(
         if terms:
             its = ", ".join(samples[rank * per_rank :][:per_rank])
             causes.append(f"{', '.join(terms)} of rank {rank}, on samples {its}")
-    many = f"{in_a_row} steps in a row were not finite, the first" if tolerant else "not finite"
+    row, earlier = nonfinite.limit, int(nonfinite.earlier)
+    found = "not finite"
+    if row > 1:
+        found = f"{row} steps in a row were not finite, the first"
+        found += f" at step {step - earlier}, the first since this start" if earlier else ""
     raise UserError(
-        f"{many} at step {step}: {'; '.join(causes) or 'a gradient, though no loss'}. No weight "
+        f"{found} at step {step}: {'; '.join(causes) or 'a gradient, though no loss'}. No weight "
         "was touched. Run again to go on from the last checkpoint, with a lower learning rate, "
         "without mixed precision, or with train.on_nonfinite=skip."
     )

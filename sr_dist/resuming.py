@@ -42,8 +42,8 @@ class Position:
     """Where a run stands: after `step` updates on `images_seen` crops.
 
     `place`: steps of the present plan that lie behind it, which are as many unless the batch or the
-    crops were changed on the way. `unmeasured`: the evaluation at the end of the epoch, which
-    `step` ended, was cut short, and is to be made up for.
+    crops were changed on the way. `unmeasured`: the results of the epoch that `step` ended are to
+    be made up for: its evaluation was cut short or failed, or they could not be written.
     """
 
     step: int = 0
@@ -66,7 +66,10 @@ def find_start(
         UserError: there is one where `resume` is never, it is of another model or data, or what
             `resume` names is none.
     """
-    found = checkpoint.find_newest(folder)
+    anew = "none is whole"
+    if resume in ("auto", "never"):
+        anew += ": the run starts anew, from step 0"
+    found = checkpoint.find_newest(folder, otherwise=anew)
     went_there = found is not None and found.meta.get("resume") == resume
     if resume not in ("auto", "never") and not went_there:
         named = checkpoint.find_in(Path(resume), names=None)
@@ -134,7 +137,7 @@ def restore(
     for name, optimizer in networks.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     processes.load_scaler_state(state["scaler"])
-    nonfinite.counts = state.get("nonfinite", nonfinite.counts).to(processes.device)
+    nonfinite.restore(state.get("nonfinite", nonfinite.counts))
     if processes.is_main:
         epoch_means.sums.copy_(state["epoch_sums"])
         skipped.count = state["skipped"]

@@ -98,6 +98,12 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
             f"run.processes is {config.run.processes}, but the launcher started "
             f"{processes.world_size}; see launch/accelerate/ for configurations that start several"
         )
+    if config.run.processes is None and distributed.lacks_processes(processes.world_size):
+        raise UserError(
+            "accelerate launch was told of several processes and started one, as it does with "
+            "--cpu; see launch/accelerate/ for configurations that start several, or set "
+            "run.processes=1 for one"
+        )
     parts = processes.world_size * config.train.accumulation_steps
     if batch_size % parts:
         raise UserError(
@@ -186,7 +192,11 @@ def _run(
     total_images = position.images_seen + (total_steps - first_step) * batch_size
     epoch_means = tracking.EpochMeans(processes.device)
     skipped = tracking.Skipped(0)
-    nonfinite = finite.Nonfinite(processes.device)
+    skips = config.train.on_nonfinite == "skip"
+    # fp16 finds its loss scale by trying: it leaves out a step now and then.
+    tolerant = skips or processes.mixed_precision == "fp16"
+    limit = config.train.nonfinite_in_a_row if tolerant else 1
+    nonfinite = finite.Nonfinite(processes.device, limit)
     if inputs.first_weights is not None:
         for module in (networks.generator, networks.average):
             weights.load(module, inputs.first_weights, str(config.train.start_from))
@@ -217,7 +227,11 @@ def _run(
         _say_what_will_be_done(config, processes, inputs, networks, (size, free), total_images)
         if start is not None:
             log.info("going on from %s, step %d of %d", start.folder, first_step, total_steps)
-            changes = _changes(folder / "config.yaml", config)
+            # Its own, or that of the run which run.resume names.
+            changes = _changes(start.folder.resolve().parents[1] / "config.yaml", config)
+            ranks = start.meta.get("world_size", processes.world_size)
+            if ranks != processes.world_size:
+                changes.append(f"the number of processes was {ranks}, is {processes.world_size}")
             for change in changes:
                 log.info("changed since: %s", change)
     batches = _batches(config, processes, inputs, position.place)
@@ -240,7 +254,6 @@ def _run(
     work = _work(config, processes, networks, objective, position, plan, total_images)
     progress = tracking.Progress(work, visible=processes.is_main and not quiet)
 
-    skips = config.train.on_nonfinite == "skip"
     saturation = tracking.Saturation(config.loss.adversarial.kind)
     every_minutes, saved_at = config.checkpoint.every_minutes, time.monotonic()
     every_seconds = None if every_minutes is None else 60 * every_minutes
@@ -251,9 +264,9 @@ def _run(
         processes.watch.begin(step)
         place = position.place + step - first_step
         epoch, ends_epoch = (place - 1) // steps_per_epoch + 1, place % steps_per_epoch == 0
-        saves, stops = True, False
-        if step == first_step:  # an evaluation is to be made up for
+        if step == first_step:  # the results of an epoch are to be made up for
             tracker.scalars(logged, step)
+            stops, saves = processes.watch.due("stop", step), processes.watch.due("save", step)
         else:
             images_seen = position.images_seen + (step - 1 - first_step) * batch_size
             asked = time.perf_counter()
@@ -292,8 +305,6 @@ def _run(
                     inputs.index,
                     plan,
                     inputs.reading,
-                    skips=skips,
-                    most_in_a_row=config.train.nonfinite_in_a_row,
                     place_of_step_0=position.place - first_step,
                 )
             if logs:
@@ -310,7 +321,8 @@ def _run(
                 tracker.scalars(logged, step)
             if processes.is_main:
                 saver.check()
-                if every_seconds is not None and time.monotonic() - saved_at >= every_seconds:
+                late = every_seconds is not None and time.monotonic() - saved_at >= every_seconds
+                if late and not saves:
                     processes.watch.ask("save")
 
         if not (ends_epoch or saves or stops):
@@ -328,22 +340,22 @@ def _run(
             epoch_means.sums.copy_(epoch_sums * processes.is_main)
             skipped.count = int(all_skipped) * processes.is_main
             # The checkpoint comes after the evaluation, so that a run killed in between repeats
-            # both; an evaluation that fails takes no training with it, and one that a stop cuts
-            # short is made up for by the run that goes on.
+            # both. An evaluation that fails, or whose results find no room, takes no training with
+            # it: like one that a stop cuts short it is made up for by the run that goes on, or
+            # fails there again.
             measured: list[evaluate.Mean] = []
-            unmeasured = False
+            unmeasured = ends_epoch
             try:
-                if ends_epoch and stops:
-                    unmeasured = evaluates
-                elif ends_epoch and evaluates and measures:
-                    try:
+                if ends_epoch and not (evaluates and stops):
+                    if evaluates and measures:
                         measured = validation.run(networks.evaluated(), tracker, epoch, step)
                         means = measured
-                    except Interrupted:
-                        unmeasured = True
-                if ends_epoch and not unmeasured and processes.is_main:
-                    row = (epoch, epoch_sums, measured)
-                    _end_epoch(folder, config, networks, inputs.identity, tracker, *row)
+                    if processes.is_main:
+                        row = (epoch, epoch_sums, measured)
+                        _end_epoch(folder, config, networks, inputs.identity, tracker, *row)
+                    unmeasured = False
+            except Interrupted:
+                pass
             finally:
                 if ends_epoch and not unmeasured:
                     epoch_means.sums.zero_()
@@ -367,9 +379,10 @@ def _run(
             stops = stops or unmeasured
             if processes.is_main and stops:  # before any rank ends: launchers end the others then
                 saver.finish()
+                tracker.close()
+                distributed.end_attempts(timeout=60 * config.run.timeout_minutes)
             stops = bool(processes.wait_for_main(f"step {step}", "stop" * stops))
         if stops:
-            tracker.close()
             raise Stopped(
                 f"stopped by {processes.watch.signal or 'another rank'} at step {step} of "
                 f"{total_steps}; the same command goes on from there"

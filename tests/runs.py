@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -67,6 +69,20 @@ def full_disk(most: int = 20_000) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The first file with `name` in its name finds the disk full; there is room for all others."""
+    real, struck = os.fsync, []
+
+    def fsync(file: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{file}")
+        if name in path and not struck:
+            struck.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

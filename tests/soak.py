@@ -5,9 +5,11 @@
     python tests/soak.py --seed 7 --faults 50
 
 Each fault ends the run, which is then started again by the same command: all ranks or one of them
-killed, a signal to stop to one of them, the newest checkpoint damaged after a kill, a disk that
-takes no more. At the end weights, optimisers, the CSV and TensorBoard's points are those of the
-unbroken run, bit for bit, or this script ends with an AssertionError that names the difference.
+killed, a signal to stop to one of them, the newest checkpoint damaged after a kill, a disk that is
+full when some file is written, a checkpoint's or one of an epoch's end, for once or from then on
+(the system call fails: not everyone can make a disk of that size). At the end weights, optimisers,
+the CSV and TensorBoard's points are those of the unbroken run, bit for bit, or this script ends
+with an AssertionError that names the difference.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -57,15 +58,12 @@ def prepare(folder: Path) -> None:
 class Run:
     """Two ranks under torchrun, slowed down so that they can be caught at a step."""
 
-    def __init__(self, recipe: Path, most_bytes: int | None = None) -> None:
+    def __init__(self, recipe: Path, full: tuple[str, ...] = ()) -> None:
+        """`full`: what tests/workers/full_disk.py is told of the disk."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
-        command += [str(REPOSITORY / "tests" / "workers" / "slow_steps.py"), str(recipe)]
-
-        def limit() -> None:
-            if most_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-
+        worker = "full_disk.py" if full else "slow_steps.py"
+        command += [str(REPOSITORY / "tests" / "workers" / worker), *full, str(recipe)]
         self.first: int | None = None  # step, as far as `steps` has looked
         self.said = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -75,7 +73,6 @@ class Run:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
-            preexec_fn=limit,
         )
 
     def ranks(self) -> list[int]:
@@ -133,6 +130,17 @@ def stop(run: Run, chance: random.Random) -> None:
     assert "the same command goes on from there" in said, said
 
 
+def fill_disk(recipe: Path, chance: random.Random) -> str:
+    """A run whose disk is full in its midst; what was written then."""
+    of_checkpoint = ("training.pt", "ema.safetensors", "meta.json")
+    name = chance.choice([*of_checkpoint, ".png", ".csv", "netG_", "netD_"])
+    number = chance.randint(1, 3) if name in of_checkpoint else 1  # there is one an epoch
+    how = chance.choice(["once", "on"])
+    status, said = Run(recipe, (name, str(number), how)).end()
+    assert status == 1 and "No space left" in said and "cannot use" in said, said
+    return f"full disk at {name}, {number}, {how}"
+
+
 def damage(checkpoints: Path, chance: random.Random) -> str:
     """Damage the newest checkpoint in one of several ways."""
     newest = max(path for path in checkpoints.iterdir() if path.name.startswith("step-"))
@@ -154,7 +162,7 @@ def damage(checkpoints: Path, chance: random.Random) -> str:
 def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> None:
     chance = random.Random(seed)
     prepare(folder)
-    epochs = 1 + faults // 2  # of 18 steps; a fault lets about 6 pass
+    epochs = 1 + faults * 3 // 5  # of 18 steps; a fault lets up to 8 pass, a full disk 18
     recipes = {}
     for name in ("unbroken", "struck"):
         recipes[name] = folder / f"{name}.yaml"
@@ -168,13 +176,10 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
     began = time.monotonic()
     for number, kind in enumerate(left, start=1):
         start = checkpoint.find_newest(checkpoints)
-        # A disk that is full takes small files, and no checkpoint.
-        run = Run(recipes["struck"], most_bytes=60_000 if kind == "full disk" else None)
         if kind == "full disk":
-            status, said = run.end()
-            assert status == 1 and "File too large" in said and "cannot use" in said, said
-            what = kind
+            what = fill_disk(recipes["struck"], chance)
         else:
+            run = Run(recipes["struck"])
             # Two steps beyond a checkpoint at the least, so that the run gets on.
             assert run.steps(chance.randint(4, 8)), run.end()
             whole = 0 if start is None else start.step

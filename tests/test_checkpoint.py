@@ -119,7 +119,28 @@ def test_damaged_checkpoint_is_passed_over_by_name(
     with caplog.at_level(logging.WARNING):
         found = checkpoint.find_newest(tmp_path)
     assert found is not None and found.step == 1
-    assert "passed over a checkpoint" in caplog.text and str(newest) in caplog.text
+    (told,) = caplog.messages
+    assert told.startswith(f"passed over a checkpoint: {newest} is no whole checkpoint: ")
+    assert told.endswith(f"; {tmp_path / 'step-00000001'} is taken instead")
+
+
+@pytest.mark.parametrize("resume", ["auto", "PATH"])
+def test_a_run_whose_checkpoints_are_all_damaged_says_where_it_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, resume: str
+) -> None:
+    folder = tmp_path / "own"
+    for step in (1, 2):
+        (save(folder, step) / "training.pt").write_bytes(b"")
+    if resume == "PATH":
+        resume = str(save(tmp_path / "other", 3))
+    with caplog.at_level(logging.WARNING):
+        found = resuming.find_start(folder, resume, {"generator": ARGUMENTS})
+    (told,) = caplog.messages
+    assert f"{folder}/step-00000002 is no" in told and f"{folder}/step-00000001 is no" in told
+    if resume == "auto":
+        assert found is None and told.endswith("none is whole: the run starts anew, from step 0")
+    else:
+        assert found is not None and found.step == 3 and told.endswith("; none is whole")
 
 
 def test_a_save_that_stopped_half_way_is_no_checkpoint(

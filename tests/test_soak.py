@@ -13,6 +13,6 @@ from tests import soak
 def test_faults_of_every_kind_lose_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     soak.soak(tmp_path, seed=1, faults=5, say=said.append)
-    assert len(said) == 6 and said[-1] == "5 faults, 54 steps: all as in the unbroken run"
+    assert len(said) == 6 and said[-1] == "5 faults, 72 steps: all as in the unbroken run"
     for kind in ("kill all", "kill one", "stop", "full disk", "/"):  # the last names a file
         assert any(kind in line for line in said), kind

@@ -37,16 +37,19 @@ from sr_dist import (
     train,
 )
 from sr_dist.errors import UserError
-from tests.helpers import REPOSITORY, refuse, succeed
+from tests.helpers import REPOSITORY, refuse, run, succeed
 from tests.local_server import Server, data, status
 from tests.runs import (
     ONE_PROCESS,
     TWO_PROCESSES,
+    assert_same_run,
+    full_once,
     launch,
     load,
     rows,
     saved,
     scalars,
+    stop_at,
     train_on_two,
 )
 
@@ -223,18 +226,47 @@ def test_lpips_is_measured_where_it_is_asked_for(recipe: Path, tmp_path: Path) -
     assert points["lpips/bicubic"][0][1] > 0
 
 
-def test_a_failed_evaluation_takes_no_training_with_it(
+def test_a_failed_evaluation_is_made_up_for_and_takes_no_training_with_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """While it fails, each start ends with its error, and goes on from the same step."""
+    settings = ("loss.content.weight=0", "data.num_workers=0")
+    unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
+
     def failing(*_: object, **__: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(evaluate, "evaluate", failing)
-    with pytest.raises(MemoryError):
-        train.run(load(recipe))
-    monkeypatch.undo()
-    assert saved(Path(load(recipe).run.output_dir) / "small")[1]["step"] == 18
-    assert [row["Epoch"] for row in rows(train.run(load(recipe)).folder)] == ["2"]
+    folder = Path(load(recipe).run.output_dir) / "small"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", failing)
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                train.run(load(recipe, *settings))
+            assert saved(folder)[1]["step"] == 18
+    assert not (folder / "logs").exists()
+    result = train.run(load(recipe, *settings))
+    assert result is not None and unbroken is not None
+    assert_same_run(unbroken.folder, folder)
+
+
+@pytest.mark.parametrize(("file", "every_epochs"), [("chelsea.png", 1), ("netD_", 3)])
+def test_a_disk_that_is_full_at_the_end_of_an_epoch_loses_nothing_of_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, file: str, every_epochs: int
+) -> None:
+    settings = ("loss.content.weight=0", "data.num_workers=0", "train.epochs=2")
+    settings += (f"evaluation.every_epochs={every_epochs}",)
+    unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
+    with monkeypatch.context() as patch:
+        full_once(patch, file)
+        with pytest.raises(OSError, match=f"No space left on device: .*{file}") as caught:
+            train.run(load(recipe, *settings))
+        assert caught.value.filename is not None, "which the command names"
+    result = train.run(load(recipe, *settings))
+    assert result is not None and unbroken is not None and len(rows(result.folder)) == 2
+    assert_same_run(unbroken.folder, result.folder)
+    for kind in ("models", "samples"):
+        names = [path.relative_to(unbroken.folder) for path in unbroken.folder.glob(f"{kind}/**/*")]
+        assert all((result.folder / name).exists() for name in names) and names
 
 
 def test_nothing_is_written_before_all_is_checked(recipe: Path, tmp_path: Path) -> None:
@@ -259,9 +291,8 @@ def test_nothing_is_written_before_all_is_checked(recipe: Path, tmp_path: Path) 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_penalty_that_fp16_would_lose_is_refused(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def pretend_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in fp32 and say that it is fp16, which needs a GPU."""
     real = distributed.joined
 
     @contextlib.contextmanager
@@ -270,6 +301,12 @@ def test_a_penalty_that_fp16_would_lose_is_refused(
             yield dataclasses.replace(processes, mixed_precision="fp16")
 
     monkeypatch.setattr(distributed, "joined", half)
+
+
+def test_a_penalty_that_fp16_would_lose_is_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_fp16(monkeypatch)
     with pytest.raises(UserError, match="r1_weight loses its gradient in fp16; use bf16 or no"):
         train.run(load(recipe, "loss.adversarial.r1_weight=1"))
 
@@ -291,6 +328,29 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(recipe: Path, tmp_pa
     assert re.search(r"checkpoints of about [1-9]\d* MB, \d+ GB free", done.stderr)
     assert "18 steps of 8 crops an epoch; validation on 1 picture(s)" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_launcher_that_starts_one_process_where_several_were_wanted_is_found_out(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("launch/train.py", "--config", recipe, "--dry-run", "loss.content.weight=0")
+    script = str(REPOSITORY / words[0])
+    two = ("accelerate", "launch", "--cpu", "--num_processes", "2", script, *words[1:])
+    done = run(*two)
+    assert done.returncode != 0 and "was told of several processes and started one" in done.stderr
+    assert "1 process on cpu" in succeed(*two, "run.processes=1").stderr
+
+    known = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    for name in ("RANK", "WORLD_SIZE", *known):
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.lacks_processes(1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert not distributed.lacks_processes(1), "no launcher was asked for anything"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert distributed.lacks_processes(1)
+    assert not distributed.lacks_processes(2), "as under mpirun"
+    monkeypatch.setenv("RANK", "0")
+    assert not distributed.lacks_processes(1)
 
 
 def test_files_room_and_processes_are_checked_before_the_first_step(
@@ -344,16 +404,26 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int, by: float = math.nan) -> None:
     """Add to the pixel loss of some steps; with infinity its gradient stays finite."""
-    real, calls = gan.generator_terms, []
+    real_step, real_terms, begun = gan.training_step, gan.generator_terms, []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        begun.append(1)
+        return real_step(*arguments, **options)
 
     def poisoned(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
-        calls.append(1)
-        terms = real(*arguments, **options)
-        if len(calls) in steps:
+        terms = real_terms(*arguments, **options)
+        if len(begun) in steps:
             terms["pixel"] = terms["pixel"] + by
         return terms
 
+    monkeypatch.setattr(gan, "training_step", counting)
     monkeypatch.setattr(gan, "generator_terms", poisoned)
+
+
+def samples_of(recipe: Path, step: int) -> tuple[shards.Index, list[str]]:
+    index = shards.read_index(load(recipe).data.train)
+    plan = shards.make_plan(index, seed=0, global_batch_size=8, crops_per_image=1, crop_size=48)
+    return index, finite._names(index, plan, step - 1, storage.DEFAULT)
 
 
 @pytest.mark.parametrize("by", [math.nan, math.inf])
@@ -369,9 +439,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(
     assert (
         "not finite at step 6: loss/generator, loss/pixel of rank 0, on samples shard-" in message
     )
-    index = shards.read_index(load(recipe).data.train)
-    plan = shards.make_plan(index, seed=0, global_batch_size=8, crops_per_image=1, crop_size=48)
-    names = finite._names(index, plan, 5, storage.DEFAULT)
+    index, names = samples_of(recipe, step=6)
     assert len(names) == 8 and ", ".join(names) in message
     shard, key = names[0].split("/")
     keys = [s.key for s in shard_reader.read_samples(f"{index.root}/{shard}")]
@@ -400,6 +468,37 @@ def test_skipping_goes_on_as_if_the_step_had_not_been(
     many = ("train.nonfinite_in_a_row=4", "run.name=many")
     with pytest.raises(UserError, match="4 steps in a row were not finite, the first at step 5: "):
         train.run(load(recipe, *settings, *many))
+
+    monkeypatch.undo()
+    poison(monkeypatch, 2, *range(9, 13))
+    with pytest.raises(UserError, match="first at step 9: loss/generator, loss/pixel of") as caught:
+        train.run(load(recipe, *settings, many[0], "run.name=later"))
+    _, names = samples_of(recipe, step=9)
+    assert f"on samples {', '.join(names)}. No weight" in str(caught.value)
+
+
+@pytest.mark.parametrize("tolerant", ["skip", "fp16"])
+def test_what_was_left_out_before_does_not_stop_a_run_that_is_to_stop_at_once(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tolerant: str
+) -> None:
+    """The message of a stop recommends to change either. fp16 is but said to be: here is no GPU."""
+    settings = ("loss.adversarial.weight=0", "loss.content.weight=0", "train.epochs=1")
+    settings += ("checkpoint.every_steps=6", "tracking.log_every_steps=2")
+    with monkeypatch.context() as patch:
+        poison(patch, 3)
+        stop_at(patch, 9)
+        if tolerant == "fp16":
+            pretend_fp16(patch)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(load(recipe, *settings, *["train.on_nonfinite=skip"] * (tolerant == "skip")))
+    folder = Path(load(recipe).run.output_dir) / "small"
+    assert saved(folder)[1]["step"] == 6
+    with monkeypatch.context() as patch:
+        poison(patch, 4)
+        with pytest.raises(UserError, match="^not finite at step 10: loss/generator, loss/pixel"):
+            train.run(load(recipe, *settings))
+    result = train.run(load(recipe, *settings))
+    assert result is not None and scalars(folder)["gradient/left_out"][-1] == (18, 1)
 
 
 @pytest.mark.multiprocess
@@ -605,6 +704,18 @@ def test_all_ranks_evaluate_to_the_same_numbers_as_one(
     assert done.returncode != 0
     assert "3.png" in done.stderr and "another rank could not evaluate" in done.stderr
     assert saved(tmp_path / "runs" / "broken")[1]["step"] == 18, "the training is kept"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks", ["main", "all"])
+def test_an_evaluation_may_take_longer_than_a_collective_waits(
+    recipe: Path, tmp_path: Path, ranks: str
+) -> None:
+    settings = ("run.timeout_minutes=0.1", "train.epochs=1", "loss.content.weight=0")
+    settings += (f"evaluation.ranks={ranks}",)
+    done = launch(TWO_PROCESSES, "tests/workers/slow_evaluation.py", 8, recipe, *settings)
+    assert done.returncode == 0, done.stderr
+    assert saved(tmp_path / "runs" / "small")[1]["metrics"]
 
 
 @pytest.mark.multiprocess

@@ -83,7 +83,7 @@ with held.signals():
         (3, ["SIGUSR1", "SIGTERM"], 0, "SIGUSR1 True"),
         (3, ["SIGTERM", "SIGTERM"], 0, "SIGTERM True"),
         (3, ["SIGTERM", "0.7", "SIGTERM"], 128 + 15, ""),
-        (3, ["SIGUSR1", "5.2", "SIGTERM"], 128 + 15, ""),
+        (3, ["SIGUSR1", "0.7", "SIGTERM"], 128 + 15, ""),
         (0, ["SIGINT"], -2, ""),
     ],
     ids=["one", "an echo", "sent twice", "the same again", "another later", "nothing begun"],
@@ -113,30 +113,66 @@ class Kept:
         return all(key in self.values for key in keys)
 
 
+class Queues:
+    """The ranks' devices: a rank begins a step when all have begun the one `ahead` before it.
+
+    With 0 it ends none before all have come so far, as on the CPU; with more its loop runs ahead,
+    as a GPU's does.
+    """
+
+    def __init__(self, ranks: int, ahead: int) -> None:
+        self.begun, self.ahead, self.broken = [0] * ranks, ahead, False
+        self.changed = threading.Condition()
+
+    def pass_through(self, rank: int, step: int) -> None:
+        with self.changed:
+            self.begun[rank] = step
+            self.changed.notify_all()
+            there = self.changed.wait_for(
+                lambda: min(self.begun) >= step - self.ahead or self.broken, 20
+            )
+        assert there and not self.broken
+
+    def leave(self, rank: int, well: bool) -> None:
+        with self.changed:
+            self.begun[rank], self.broken = 10**9, self.broken or not well
+            self.changed.notify_all()
+
+
+@pytest.mark.parametrize("ahead", [0, 5])
 @pytest.mark.parametrize("asking", [0, 1, 2])
-def test_all_ranks_agree_on_a_step_however_long_steps_take(asking: int) -> None:
-    """A first step of a second, then many in the time of a look at the store: saved twice."""
+def test_all_ranks_agree_on_a_step_however_long_steps_take_and_however_far_one_is_ahead(
+    asking: int, ahead: int
+) -> None:
+    """A first step of a second, then many in the time of a look at the store: saved twice.
+
+    Each rank is the slowest in its turn, so that each is ahead at times.
+    """
     ranks, store = 3, Kept()
-    gradients = threading.Barrier(ranks)  # no rank ends a step before all have come so far
+    queues = Queues(ranks, ahead)
     done: list[list[int]] = [[] for _ in range(ranks)]
     failures: list[BaseException] = []
+    finished = threading.Barrier(ranks)  # a rank leaves when all are done, as a run does
 
     def train(rank: int) -> None:
         try:
             with watch.Watch(rank, ranks, store, timeout=20) as held:
                 for step in range(1, 20_000):
                     held.begin(step)
-                    time.sleep(1.0 if step == 1 else 0.0005 * (rank == 1))
-                    gradients.wait(20)
+                    time.sleep(1.0 if step == 1 else 0.0005 * (step // 25 % ranks == rank))
+                    queues.pass_through(rank, step)
                     if rank == asking and step in (40, *(first + 30 for first in done[rank])):
                         held.ask("save")
                     if held.due("save", step):
                         done[rank].append(step)
                     if len(done[rank]) == 2:
                         break
+                queues.leave(rank, well=True)
+                finished.wait(20)
         except BaseException as error:
             failures.append(error)
-            gradients.abort()
+            queues.leave(rank, well=False)
+            finished.abort()
 
     threads = [threading.Thread(target=train, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -145,4 +181,38 @@ def test_all_ranks_agree_on_a_step_however_long_steps_take(asking: int) -> None:
         thread.join(60)
     assert not failures
     assert done[0] == done[1] == done[2] and len(done[0]) == 2
-    assert 40 < done[0][0] and done[0][0] + 30 < done[0][1]
+    assert 40 <= done[0][0] and done[0][0] + 30 <= done[0][1]
+
+
+def test_a_request_while_all_are_past_the_end_of_a_step_is_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in an evaluation, which comes after the look; and no step more than that is begun."""
+    monkeypatch.setattr(watch, "_PERIOD", 0.01)
+    store = Kept()
+    with watch.Watch(0, 2, store, timeout=20) as one, watch.Watch(1, 2, store, timeout=20) as other:
+        for step in (18, 19):
+            one.begin(step)
+            assert not one.due("stop", step)
+        other.begin(18)
+        other.ask("stop")
+        deadline = time.monotonic() + 20
+        while "stop" not in one.agreed or "stop" not in other.agreed:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not other.due("stop", 18) and not other.due("stop", 19)
+        assert one.due("stop", 20) and other.due("stop", 20)
+
+
+def test_a_store_that_goes_is_said_to_be_gone_with_who_kept_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Gone(Kept):
+        def set(self, key: str, value: str) -> object:
+            raise RuntimeError("Connection reset by peer")
+
+    said: list[str] = []
+    monkeypatch.setattr(watch.Watch, "_end", lambda self, why: said.append(why))
+    with watch.Watch(1, 2, Gone(), 5, "rank 0") as held:
+        held.threads[0].join(10)
+    assert said == ["rank 0 is gone"]
