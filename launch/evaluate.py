@@ -109,12 +109,13 @@ def main() -> None:
                     f"{path} enlarges {description['scale']} times, but {other} {scale}"
                 )
         upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
-        channels = {}
+        channels, learned = {}, []
         for path, (generator, description) in loaded.items():
             channels[path] = description["channels"]
             generator.to(device=device, memory_format=torch.channels_last)
             own = path.resolve().name.removesuffix(".pth.tar")
             name = evaluate.unused_name(own, {*upscalers, "LR", "HR"})
+            learned.append(name)
             upscalers[name] = evaluate.learned(generator, scale=scale, tile=arguments.tile)
         if len(set(channels.values())) > 1:
             listing = ", ".join(f"{path} has {number}" for path, number in channels.items())
@@ -141,6 +142,7 @@ def main() -> None:
             "channels": wanted,
             "lr_folder": arguments.lr,
             "bits": significant,
+            "least": lpips.LEAST if arguments.lpips else 0,
         }
         distance = lpips.build(arguments.lpips, device) if arguments.lpips else None
         checked = evaluate.check(**data)
@@ -154,18 +156,18 @@ def main() -> None:
             lpips=distance is not None,
             bits=significant if checked.deep else None,
         )
-        writer = report.Writer(
-            arguments.output, data=arguments.data, scale=scale, protocol=protocol
-        )
-        rows = evaluate.evaluate(
-            upscalers,
-            tqdm(pairs, total=checked.pictures, unit="picture", disable=None),
-            colour=arguments.protocol,
-            border=scale,
-            lpips=distance,
-            look=writer.add,
-        )
-        summary = writer.finish(rows)
+        with report.Writer(
+            arguments.output, data=arguments.data, scale=scale, protocol=protocol, models=learned
+        ) as writer:
+            rows = evaluate.evaluate(
+                upscalers,
+                tqdm(pairs, total=checked.pictures, unit="picture", disable=None),
+                colour=arguments.protocol,
+                border=scale,
+                lpips=distance,
+                look=writer.add,
+            )
+            summary = writer.finish(rows)
         for mean in evaluate.averages(rows):
             perceived = "" if mean.lpips is None else f"   LPIPS {mean.lpips:.4f}"
             print(f"{mean.upscaler:20} PSNR {mean.psnr:7.3f} dB   SSIM {mean.ssim:.4f}{perceived}")

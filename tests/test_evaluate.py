@@ -100,6 +100,19 @@ def test_pictures_that_cannot_be_measured(tmp_path: Path) -> None:
         evaluate.check(str(tmp_path), scale=4, channels=3)
 
 
+def test_pictures_too_small_for_lpips_are_named_beforehand(tmp_path: Path, shared: Path) -> None:
+    small = np.zeros((16, 90, 3), np.uint8)
+    images.save(small, tmp_path / "data" / "flat.png")
+    assert read(tmp_path / "data", scale=2)[0].hr.shape == small.shape
+    message = refuse(
+        *("launch/evaluate.py", "--data", tmp_path / "data", "--method", "bicubic", "--scale", 2),
+        *("--lpips", shared / "weights" / "squeezenet1_1_imagenet.pth", "--output"),
+        tmp_path / "out",
+    )
+    assert "data: flat.png is 90x16 pixels; the metrics need 17 on each side" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_averages_are_means_of_pictures() -> None:
     rows = [
         evaluate.Row("a", "x", 20.0, 0.5),
@@ -310,7 +323,9 @@ def test_names_that_the_report_needs_itself(
 
 def test_report_shows_the_two_results_that_are_furthest_apart(picture: images.Picture) -> None:
     results = {"a": picture, "b": 255 - picture, "c": picture // 2 + 60}
-    assert report._furthest_apart(results) == ("a", "b")
+    assert report._furthest_apart(results, models=[]) == ("a", "b")
+    assert report._furthest_apart(results, models=["a", "c"]) == ("a", "c"), "among models"
+    assert report._furthest_apart(results, models=["c"]) == ("b", "c"), "what a model adds"
 
 
 def test_report_holds_pictures_too_long_for_webp() -> None:
@@ -353,12 +368,36 @@ def test_the_authors_model(
     )
 
 
+def writer_to(folder: Path) -> report.Writer:
+    return report.Writer(folder, data="a", scale=4, protocol=metrics.protocol("y", 4))
+
+
+def test_earlier_results_stay_until_the_new_ones_are_complete(
+    tmp_path: Path, picture: images.Picture
+) -> None:
+    pair = evaluate.Pair("a.png", np.ascontiguousarray(picture[::4, ::4]), picture)
+    with pytest.raises(KeyboardInterrupt), writer_to(tmp_path / "out") as writer:
+        writer.add(pair, {"SR": picture})
+        raise KeyboardInterrupt
+    assert not (tmp_path / "out").exists()
+    with writer_to(tmp_path / "out") as writer:
+        writer.add(pair, {"SR": picture})
+        writer.finish([evaluate.Row("a.png", "SR", 30.0, 0.9)])
+    before = contents(tmp_path / "out")
+    assert set(before) == {"metrics.json", "metrics.csv", "report.html", "pictures/a.png"}
+    with pytest.raises(KeyboardInterrupt), writer_to(tmp_path / "out") as writer:
+        writer.add(pair, {"SR": 255 - picture})
+        writer.add(dataclasses.replace(pair, name="b.png"), {"SR": picture})
+        raise KeyboardInterrupt
+    assert contents(tmp_path / "out") == before
+
+
 def test_pictures_of_an_earlier_evaluation_go(tmp_path: Path, picture: images.Picture) -> None:
     pair = evaluate.Pair("a.png", np.ascontiguousarray(picture[::4, ::4]), picture)
     for name in ("a.png", "b.png"):
-        writer = report.Writer(tmp_path, data="a", scale=4, protocol=metrics.protocol("y", 4))
-        writer.add(dataclasses.replace(pair, name=name), {"SR": picture})
-        writer.finish([evaluate.Row(name, "SR", 30.0, 0.9)])
+        with writer_to(tmp_path) as writer:
+            writer.add(dataclasses.replace(pair, name=name), {"SR": picture})
+            writer.finish([evaluate.Row(name, "SR", 30.0, 0.9)])
         if name == "a.png":
             (tmp_path / "pictures" / "mine.png").write_text("somebody's")
     found = sorted(path.name for path in (tmp_path / "pictures").iterdir())
