@@ -2,6 +2,7 @@
 """Measure models and classical methods against HR pictures."""
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -85,7 +86,7 @@ def main() -> None:
         import torch
         from tqdm import tqdm
 
-        from sr_dist import evaluate, generators, images, lpips, metrics, report
+        from sr_dist import evaluate, generators, images, lpips, metrics, report, upscale
 
         scale = arguments.scale
         if not arguments.method and not arguments.checkpoint:
@@ -128,10 +129,16 @@ def main() -> None:
         gray = evaluate.is_gray(arguments.data)
         wanted = next(iter(channels.values()), 1 if gray else 3)
         if gray and wanted == 3:
-            raise UserError(
-                f"{arguments.data} holds gray pictures alone, and {next(iter(channels))} was made "
-                "for colour; measure a model with data.channels 1"
-            )
+            for path in channels:
+                if str(path) not in generators.shipped():
+                    raise UserError(
+                        f"{arguments.data} holds gray pictures alone, and {path} was made for "
+                        "colour; measure a model with data.channels 1"
+                    )
+            logging.info("gray pictures are enlarged as launch/upscale.py does: as three channels")
+            wanted = 1
+            for name in learned:
+                upscalers[name] = functools.partial(upscale.gray_as_colour, upscalers[name])
         if not gray and wanted == 1:
             logging.info("the model is of one channel: colour pictures are measured as luma")
         bits = {path: generators.bits_of(path) for path in channels}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import evaluate, generators, images, metrics, models, report
+from sr_dist import evaluate, generators, images, metrics, models, report, upscale
 from sr_dist.errors import UserError
 from tests.helpers import contents, refuse, succeed
 
@@ -308,6 +308,18 @@ def test_gray_pictures(
     message = refuse(*common, "--checkpoint", published, "--output", tmp_path / "none")
     assert "holds gray pictures alone, and" in message and "was made for colour" in message
     assert not (tmp_path / "none").exists()
+    # The package's own model, which is taken where none is named, enlarges gray in upscale.py too.
+    done = succeed(*common[:3], "--output", tmp_path / "out", "--bits", 12)
+    first, second = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert (first["name"], second["name"]) == ("bicubic", generators.DEFAULT)
+    assert first["psnr"] == classical["psnr"]
+    pair = read(tmp_path / "eight", channels=1)[0]
+    images.save(pair.lr, tmp_path / "lr.png")
+    generator, options = generators.load(generators.DEFAULT)[0], {"scale": 4, "channels": 3}
+    sr = upscale.upscale_any(generator, tmp_path / "lr.png", **options, tile=256)
+    expected, _ = metrics.compare(sr, pair.hr, colour="y", border=4)
+    assert second["psnr"] == pytest.approx(expected, abs=0.001)
+    assert expected > first["psnr"] + 1
 
 
 def test_names_that_the_report_needs_itself(
