@@ -2,6 +2,7 @@
 """Measure models and classical methods against HR pictures."""
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -85,7 +86,7 @@ def main() -> None:
         import torch
         from tqdm import tqdm
 
-        from sr_dist import evaluate, generators, images, lpips, metrics, report
+        from sr_dist import evaluate, generators, images, lpips, metrics, report, upscale
 
         scale = arguments.scale
         if not arguments.method and not arguments.checkpoint:
@@ -109,12 +110,13 @@ def main() -> None:
                     f"{path} enlarges {description['scale']} times, but {other} {scale}"
                 )
         upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
-        channels = {}
+        channels, learned = {}, []
         for path, (generator, description) in loaded.items():
             channels[path] = description["channels"]
             generator.to(device=device, memory_format=torch.channels_last)
             own = path.resolve().name.removesuffix(".pth.tar")
             name = evaluate.unused_name(own, {*upscalers, "LR", "HR"})
+            learned.append(name)
             upscalers[name] = evaluate.learned(generator, scale=scale, tile=arguments.tile)
         if len(set(channels.values())) > 1:
             listing = ", ".join(f"{path} has {number}" for path, number in channels.items())
@@ -127,10 +129,16 @@ def main() -> None:
         gray = evaluate.is_gray(arguments.data)
         wanted = next(iter(channels.values()), 1 if gray else 3)
         if gray and wanted == 3:
-            raise UserError(
-                f"{arguments.data} holds gray pictures alone, and {next(iter(channels))} was made "
-                "for colour; measure a model with data.channels 1"
-            )
+            for path in channels:
+                if str(path) not in generators.shipped():
+                    raise UserError(
+                        f"{arguments.data} holds gray pictures alone, and {path} was made for "
+                        "colour; measure a model with data.channels 1"
+                    )
+            logging.info("gray pictures are enlarged as launch/upscale.py does: as three channels")
+            wanted = 1
+            for name in learned:
+                upscalers[name] = functools.partial(upscale.gray_as_colour, upscalers[name])
         if not gray and wanted == 1:
             logging.info("the model is of one channel: colour pictures are measured as luma")
         bits = {path: generators.bits_of(path) for path in channels}
@@ -141,6 +149,7 @@ def main() -> None:
             "channels": wanted,
             "lr_folder": arguments.lr,
             "bits": significant,
+            "least": lpips.LEAST if arguments.lpips else 0,
         }
         distance = lpips.build(arguments.lpips, device) if arguments.lpips else None
         checked = evaluate.check(**data)
@@ -154,18 +163,18 @@ def main() -> None:
             lpips=distance is not None,
             bits=significant if checked.deep else None,
         )
-        writer = report.Writer(
-            arguments.output, data=arguments.data, scale=scale, protocol=protocol
-        )
-        rows = evaluate.evaluate(
-            upscalers,
-            tqdm(pairs, total=checked.pictures, unit="picture", disable=None),
-            colour=arguments.protocol,
-            border=scale,
-            lpips=distance,
-            look=writer.add,
-        )
-        summary = writer.finish(rows)
+        with report.Writer(
+            arguments.output, data=arguments.data, scale=scale, protocol=protocol, models=learned
+        ) as writer:
+            rows = evaluate.evaluate(
+                upscalers,
+                tqdm(pairs, total=checked.pictures, unit="picture", disable=None),
+                colour=arguments.protocol,
+                border=scale,
+                lpips=distance,
+                look=writer.add,
+            )
+            summary = writer.finish(rows)
         for mean in evaluate.averages(rows):
             perceived = "" if mean.lpips is None else f"   LPIPS {mean.lpips:.4f}"
             print(f"{mean.upscaler:20} PSNR {mean.psnr:7.3f} dB   SSIM {mean.ssim:.4f}{perceived}")

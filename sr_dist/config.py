@@ -378,11 +378,11 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     problems: list[str] = []
     for override in overrides:
         settings.apply_override(values, override, problems)
-    config = settings.build(Config, values, "", problems)
+    given = dict(override.partition("=")[::2] for override in overrides)
+    config = settings.build(Config, values, "", problems, given)
     if not problems:
         problems += _contradictions(config)
     if problems:
-        given = {override.partition("=")[0] for override in overrides}
         listing = "".join(
             f"\n  {problem}" + " (command line)" * (problem.partition(":")[0] in given)
             for problem in problems

@@ -19,6 +19,7 @@ from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    parse_flag_from_env,
 )
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
@@ -236,6 +237,16 @@ def _was_stopped(timeout: float) -> bool:
     return 0 <= told < _attempt()
 
 
+def told_cpu() -> bool:
+    """Whether the launcher was told to compute on the CPU, whatever GPUs there are.
+
+    Accelerate hands `use_cpu` on where it starts one process alone; its launcher of several can
+    only hide the GPUs (`gpu_ids`), which CUDA does at the first number that is none of theirs.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or seen == "" or seen.startswith("-")
+
+
 def _join_again(backend: str, timeout: float) -> None:
     """After a restart by the launcher (`--max_restarts`), join the group under keys of its own.
 
@@ -270,11 +281,12 @@ def joined(
         Stopped: an earlier attempt of the same launcher was.
         LostRank: the others do not answer any more.
     """
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = told_cpu() or not torch.cuda.is_available()
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     with said_once_a_node():
         if on_cpu and (mixed_precision or told) == "fp16":
-            raise UserError("mixed precision fp16 needs a GPU, and none is here; use bf16 or no")
+            why = "the launcher was told to use the CPU" if told_cpu() else "none is here"
+            raise UserError(f"mixed precision fp16 needs a GPU, and {why}; use bf16 or no")
     if _was_stopped(timeout):
         raise Stopped("stopped before the launcher started it again; the same command goes on")
     _join_again("gloo" if on_cpu else "nccl", timeout)
@@ -294,8 +306,7 @@ def joined(
             InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
         ],
     )
-    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if on_cpu and launched_world_size() > 1 and not told_cpu and accelerator.is_main_process:
+    if on_cpu and launched_world_size() > 1 and not told_cpu() and accelerator.is_main_process:
         log.warning("no GPU can be used here: all processes compute on the CPU")
     if on_cpu:
         machine.keep_freed_memory()

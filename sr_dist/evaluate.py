@@ -62,6 +62,7 @@ def read_pairs(
     channels: int,
     lr_folder: Path | None = None,
     bits: int = 16,
+    least: int = 0,
     reading: storage.Settings = storage.DEFAULT,
     wanted: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[Pair]:
@@ -70,13 +71,14 @@ def read_pairs(
     `data`: a folder of pictures, a text file that lists some, one picture, or shards. HR is cut to
     a multiple of `scale` and LR made from it, unless `lr_folder` holds it (`NAME.*`, `NAMEx4.*` or
     `NAME_x4.*`, in the same folder below it); HR is then cut to `scale` times LR. `bits`:
-    significant ones of 16-bit gray pictures, which are measured as 8-bit ones. `reading`: of shards
-    elsewhere. `wanted`: of the pictures' numbers, from 0; the others are not decoded.
+    significant ones of 16-bit gray pictures, which are measured as 8-bit ones. `least`: HR pixels
+    on a side that LPIPS needs, where it is measured. `reading`: of shards elsewhere. `wanted`: of
+    the pictures' numbers, from 0; the others are not decoded.
 
     Raises:
         UserError: nothing is there, a picture cannot be used, or an LR does not fit its HR.
     """
-    pair = _pair_maker(scale=scale, channels=channels, lr_folder=lr_folder, bits=bits)
+    pair = _pair_maker(scale=scale, channels=channels, lr_folder=lr_folder, bits=bits, least=least)
     for number, (name, source) in enumerate(_sources(data, reading)):
         if wanted(number):
             try:
@@ -86,10 +88,10 @@ def read_pairs(
 
 
 def _pair_maker(
-    *, scale: int, channels: int, lr_folder: Path | None = None, bits: int = 16
+    *, scale: int, channels: int, lr_folder: Path | None = None, bits: int = 16, least: int = 0
 ) -> Callable[[str, bytes | Path], Pair]:
     """See `read_pairs`. What is wrong with a picture is raised as PictureError, with its name."""
-    least = 2 * scale + metrics.SSIM_SIDE
+    least = max(least, 2 * scale + metrics.SSIM_SIDE)
     given = _by_place(lr_folder) if lr_folder is not None else {}
 
     def decoded(source: bytes | Path, name: str | Path) -> tuple[images.Picture, bool]:

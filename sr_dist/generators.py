@@ -56,13 +56,16 @@ def load(path: Path | str, revision: str | None = None) -> tuple[nn.Module, dict
 def bits_of(path: Path) -> int | None:
     """The significant bits of 16-bit gray that a model was trained with, if its file says so.
 
-    `path`: as for `load`, what of it is here.
+    `path`: as for `load`; a repository is read from where `load` has put it.
 
     Raises:
         UserError: what `load` raises.
     """
     bits: object = None
     path = _in_package(path)
+    repository = None if path.exists() else model_files.repository(path)
+    if repository is not None:
+        path = model_files.download(repository)
     if path.suffix == model_files.SUFFIX and (path.parent / checkpoint.META).is_file():
         path = path.parent  # of a checkpoint's own file, which has no header, the checkpoint tells
     if model_files.is_folder(path) or path.suffix == model_files.SUFFIX:

@@ -23,7 +23,7 @@ _CHANNELS = (64, 128, 256, 384, 384, 512, 512)
 _SHIFT = (-0.030, -0.088, -0.188)  # of pictures in [-1, 1]
 _SCALE = (0.458, 0.448, 0.450)
 _EPSILON = 1e-8
-_LEAST = 17  # pixels on a side: below, the last of the maps is empty
+LEAST = 17  # pixels on a side: below, the last of the maps is empty
 
 
 class _Lpips(nn.Module):
@@ -84,9 +84,9 @@ def build(
 
     @torch.inference_mode()
     def distance(sr: images.Picture, hr: images.Picture) -> float:
-        if min(hr.shape[:2]) < _LEAST:
+        if min(hr.shape[:2]) < LEAST:
             size = f"{hr.shape[1]}x{hr.shape[0]}"
-            raise UserError(f"a picture has {size} pixels; LPIPS needs {_LEAST} on each side")
+            raise UserError(f"a picture has {size} pixels; LPIPS needs {LEAST} on each side")
         pair = [images.to_float(images.to_batch([p]).to(device)) for p in (sr, hr)]
         return float(module(*(p.expand(-1, 3, -1, -1) for p in pair)))
 

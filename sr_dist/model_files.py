@@ -112,7 +112,7 @@ def fitting(described: object, state: Mapping[str, object], where: str) -> dict[
         raise UserError(f"{where} holds a model that this version does not know: {name!r:.60}")
     try:
         found = models.infer_generator(dict(state))
-    except (ValueError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     if min(found["channels"], found["num_channels"]) < 1:
         raise UserError(f"{where}: the weights are empty")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import datetime
 import html
 import io
 import itertools
 import json
+import shutil
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +25,51 @@ _ZOOM_SIDE = 64  # HR pixels of the enlarged detail
 _LEAST_WIDTH = 480  # of a slider, pixels of the page; smaller pictures are enlarged to it
 _WEBP_MOST = 16383  # pixels on a side
 _METRICS, _TABLE, _REPORT, _PICTURES = "metrics.json", "metrics.csv", "report.html", "pictures"
+_PARTIAL = f".{_PICTURES}.part"
 
 Summary = dict[str, Any]
 
 
 class Writer:
-    """Collects pictures as they are evaluated (`add`), then writes the rest (`finish`)."""
+    """Collects pictures as they are evaluated (`add`), then writes the rest (`finish`).
 
-    def __init__(self, folder: Path, *, data: str, scale: int, protocol: dict[str, object]) -> None:
+    A context manager: what an earlier evaluation wrote goes when all is there to take its place,
+    and where that does not come to be, nothing new stays.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        data: str,
+        scale: int,
+        protocol: dict[str, object],
+        models: Collection[str] = (),
+    ) -> None:
         self.folder = folder
+        self.partial = folder / _PARTIAL  # what is written, until all is there
+        self.found = folder.exists()
         self.data = data  # what is measured on, as it was named
         self.scale = scale
         self.protocol = protocol
+        self.models = models  # those of the results that are no classical method's
         self.sections: list[tuple[str, str, str, str]] = []  # picture, its sizes; HTML
-        self.files: set[str] = set()  # names of pictures written
-        earlier = [folder / name for name in (_METRICS, _TABLE, _REPORT)]
-        for path in [*_earlier_pictures(folder), *earlier]:
-            path.unlink(missing_ok=True)
+        self.files: set[str] = set()  # names of pictures written, without ending
+        shutil.rmtree(self.partial, ignore_errors=True)  # of one that was killed
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if not self.found:
+            with contextlib.suppress(OSError):  # it was not made, or holds the results
+                self.folder.rmdir()
 
     def add(self, pair: evaluate.Pair, results: Mapping[str, images.Picture]) -> None:
         """Write the side-by-side picture; keep what the report shows of it."""
-        path = _path_of(pair.name, self.folder, self.files)
-        images.save(evaluate.side_by_side(pair, results), path)
+        name = _file_name(pair.name, self.files)
+        images.save(evaluate.side_by_side(pair, results), self.partial / _PICTURES / name)
         shown = {
             "LR": images.enlarge(pair.lr, self.scale, "nearest"),
             **results,
@@ -52,7 +77,7 @@ class Writer:
         }
         height, width = pair.hr.shape[:2]
         size = f"{width // self.scale} × {height // self.scale} → {width} × {height}"
-        detail, frame = _detail(results, shown)
+        detail, frame = _detail(results, shown, self.models)
         self.sections.append((pair.name, size, _slider(pair.name, results, shown, frame), detail))
 
     def finish(self, rows: Sequence[evaluate.Row]) -> Summary:
@@ -72,9 +97,14 @@ class Writer:
                 for mean in means
             ],
         }
-        files.write_whole(self.folder / _METRICS, json.dumps(summary, indent=1) + "\n")
-        files.write_whole(self.folder / _TABLE, _csv(rows))
-        files.write_whole(self.folder / _REPORT, self._html(rows, means))
+        files.write_whole(self.partial / _METRICS, json.dumps(summary, indent=1) + "\n")
+        files.write_whole(self.partial / _TABLE, _csv(rows))
+        files.write_whole(self.partial / _REPORT, self._html(rows, means))
+        for path in _earlier_pictures(self.folder):
+            path.unlink(missing_ok=True)
+        (self.folder / _PICTURES).mkdir(exist_ok=True)
+        for path in [*(self.partial / _PICTURES).iterdir(), *self.partial.glob("*.*")]:
+            path.replace(self.folder / path.relative_to(self.partial))
         return summary
 
     def _html(self, rows: Sequence[evaluate.Row], means: Sequence[evaluate.Mean]) -> str:
@@ -114,11 +144,11 @@ def check_output(folder: Path, pictures: Iterable[Path]) -> None:
             )
 
 
-def _path_of(picture: str, folder: Path, taken: set[str]) -> Path:
-    """Where the side-by-side view of a picture goes; its name is added to `taken`."""
+def _file_name(picture: str, taken: set[str]) -> str:
+    """That of the side-by-side view of a picture; without its ending it is added to `taken`."""
     name = evaluate.unused_name(evaluate.file_name(picture), taken)
     taken.add(name)
-    return folder / _PICTURES / f"{name}.png"
+    return f"{name}.png"
 
 
 def _earlier_pictures(folder: Path) -> list[Path]:
@@ -129,7 +159,7 @@ def _earlier_pictures(folder: Path) -> list[Path]:
     taken: set[str] = set()
     with table.open(encoding="utf-8", newline="") as file:
         names = [row["picture"] for row in csv.DictReader(file) if row.get("picture")]
-    return [_path_of(name, folder, taken) for name in names]
+    return [folder / _PICTURES / _file_name(name, taken) for name in names]
 
 
 def _briefly(protocol: Mapping[str, object]) -> str:
@@ -242,10 +272,13 @@ def _slider(
 
 
 def _detail(
-    results: Mapping[str, images.Picture], shown: Mapping[str, images.Picture]
+    results: Mapping[str, images.Picture],
+    shown: Mapping[str, images.Picture],
+    models: Collection[str],
 ) -> tuple[str, tuple[int, int, int]]:
     """Where the results differ most, enlarged, and its place."""
-    a, b = _furthest_apart(results) if len(results) > 1 else (next(iter(results)), "HR")
+    several = len(results) > 1
+    a, b = _furthest_apart(results, models) if several else (next(iter(results)), "HR")
     x, y, side = _most_different(shown[a], shown[b])
     zooms = "".join(
         f'<figure><img src="{_inline(pixels[y : y + side, x : x + side], exact=True)}" '
@@ -259,14 +292,23 @@ def _detail(
     return f'{words}<div class="zooms">{zooms}</div>', (x, y, side)
 
 
-def _furthest_apart(results: Mapping[str, images.Picture]) -> tuple[str, str]:
-    """The two results with the largest squared error between them."""
+def _furthest_apart(
+    results: Mapping[str, images.Picture], models: Collection[str]
+) -> tuple[str, str]:
+    """The two results with the largest squared error between them.
+
+    Of two models, else of a model and another, else any: all models are far from bicubic, and in
+    the same places.
+    """
+    pairs = list(itertools.combinations(results, 2))
+    most = max(sum(name in models for name in pair) for pair in pairs)
+    pairs = [pair for pair in pairs if sum(name in models for name in pair) == most]
 
     def distance(pair: tuple[str, str]) -> float:
         a, b = (results[name].astype(np.float32) for name in pair)
         return float(np.square(a - b).mean())
 
-    return max(itertools.combinations(results, 2), key=distance)
+    return max(pairs, key=distance)
 
 
 def _most_different(a: images.Picture, b: images.Picture) -> tuple[int, int, int]:

@@ -82,10 +82,13 @@ def apply_override(values: dict[str, Any], override: str, problems: list[str]) -
     place[name] = value
 
 
-def build(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
+def build(
+    kind: type, values: Any, prefix: str, problems: list[str], typed: Mapping[str, str]
+) -> Any:
     """An instance of dataclass `kind` from nested `values`, or None where `problems` grew.
 
-    A problem starts with the dotted key; `prefix` is that of the section.
+    A problem starts with the dotted key; `prefix` is that of the section. `typed`: by dotted keys,
+    the words that values of the command line were read from.
     """
     if values is None:
         values = {}
@@ -107,10 +110,12 @@ def build(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
         key, annotation = f"{prefix}{name}", annotations[name]
         if dataclasses.is_dataclass(annotation):
             given[name] = build(
-                typing.cast(type, annotation), values.get(name), f"{key}.", problems
+                typing.cast(type, annotation), values.get(name), f"{key}.", problems, typed
             )
         elif name in values:
-            given[name] = _value(key, values[name], annotation, field.metadata, problems)
+            given[name] = _value(
+                key, values[name], annotation, field.metadata, problems, typed.get(key)
+            )
         elif field.default is dataclasses.MISSING:
             problems.append(f"{key}: missing; {field.metadata['meaning']}")
     return kind(**given) if len(problems) == before else None
@@ -128,9 +133,14 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def _value(
-    key: str, value: Any, annotation: Any, limits: Mapping[str, Any], problems: list[str]
+    key: str,
+    value: Any,
+    annotation: Any,
+    limits: Mapping[str, Any],
+    problems: list[str],
+    typed: str | None = None,
 ) -> Any:
-    """`value` coerced to `annotation`, checked against `limits`."""
+    """`value` coerced to `annotation`, checked against `limits`; it was read from `typed`."""
     if typing.get_origin(annotation) is tuple:
         (kind, *more) = typing.get_args(annotation)
         length = None if more == [...] else 1 + len(more)
@@ -156,7 +166,10 @@ def _value(
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         optional = " or null" if types.NoneType in kinds else ""
         expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        hint = f"; for the text, write '\"{value}\"'" if kind is str and value is not None else ""
+        hint = ""
+        if kind is str and value is not None:  # YAML reads 2024 as a number, and off as false
+            quoted = "it in quotes" if typed is None else f"'\"{typed}\"'"
+            hint = f"; for the text, write {quoted}"
         found = "nothing" if value is None else repr(value)
         problems.append(f"{key}: expected {expected[kind]}{optional}, found {found}{hint}")
         return value

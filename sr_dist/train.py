@@ -154,6 +154,7 @@ def _check(config: Config, processes: Processes, folder: Path) -> _Inputs:
             scale=data.scale,
             channels=data.channels,
             bits=data.bits,
+            least=lpips.LEAST if config.evaluation.lpips is not None else 0,
             reading=reading,
         )
         pictures = checked.pictures

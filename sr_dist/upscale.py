@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,15 +148,21 @@ def upscale_any(
     if channels == own:
         result = compute(picture)
     elif channels == 3:
-        enlarged = compute(np.repeat(picture, 3, axis=2))
-        # Back to one channel; the luma of three nearly equal channels.
-        result = np.asarray(images.to_pillow(enlarged).convert("L"))[..., None]
+        result = gray_as_colour(compute, picture)
     else:
         planes = [compute(np.ascontiguousarray(picture[..., c : c + 1])) for c in range(own)]
         result = np.concatenate(planes, axis=2)
     if alpha is not None:
         result = np.concatenate([result, images.enlarge(alpha, scale, "bicubic")], axis=2)
     return result
+
+
+def gray_as_colour(
+    compute: Callable[[images.Picture], images.Picture], picture: images.Picture
+) -> images.Picture:
+    """(H, W, 1) enlarged by what enlarges colour: the luma of three nearly equal channels."""
+    enlarged = compute(np.repeat(picture, 3, axis=2))
+    return np.asarray(images.to_pillow(enlarged).convert("L"))[..., None]
 
 
 def _stretches(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:

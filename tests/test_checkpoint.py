@@ -251,6 +251,14 @@ def test_weights_of_a_checkpoint_are_of_the_network_that_it_names(tmp_path: Path
         assert_same(found, saved)
 
 
+@pytest.mark.parametrize("value", [torch.zeros(5), "text"])
+def test_a_weight_of_an_odd_shape_is_named(tmp_path: Path, value: object) -> None:
+    key = "initial.cnn.pointwise.weight"
+    torch.save({"model": {**generator().state_dict(), key: value}}, tmp_path / "bad.pth.tar")
+    with pytest.raises(UserError, match=rf"bad.pth.tar: {key} (has shape \(5,\)|is no tensor)"):
+        generators.load(tmp_path / "bad.pth.tar")
+
+
 def test_the_bits_of_a_run_are_known(tmp_path: Path) -> None:
     held = checkpoint.snapshot(
         1, {"generator": generator()}, {}, {"generator": ARGUMENTS, "bits": 12}

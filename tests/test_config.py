@@ -95,6 +95,9 @@ def test_numbers_are_read_by_their_annotation(tmp_path: Path) -> None:
         ("run.name=a/b", "run.name: expected a plain folder name"),
         ("run.name=..", "run.name: expected a plain folder name"),
         ("run.name=2024", """run.name: expected text, found 2024; for the text, write '"2024"'"""),
+        ("run.name=off", """run.name: expected text, found False; for the text, write '"off"'"""),
+        ("run.name=2024-01-01", """for the text, write '"2024-01-01"'"""),
+        ("loss.content.layers=[off]", "expected text, found False; for the text, write it in quo"),
         ("run.seed=99999999999999999999", "run.seed: expected at most 9223372036854775808"),
         ("optimizer.generator.beta1=1.5", "optimizer.generator.beta1: expected less than 1"),
         ("data.crop_size=98", "data.crop_size: 98 is not a multiple of data.scale"),
@@ -117,6 +120,12 @@ def test_overrides_reach_sections_the_file_does_not_have(tmp_path: Path) -> None
 def test_text_that_looks_like_a_number(tmp_path: Path) -> None:
     assert load(tmp_path, LEAST, """run.name='2024'""").run.name == "2024"
     assert load(tmp_path, LEAST, 'run.name="2024"').run.name == "2024"
+
+
+def test_text_that_yaml_reads_as_something_else(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found False; for the text, write it in quotes"):
+        load(tmp_path, LEAST + "run: {name: off}\n")
+    assert load(tmp_path, LEAST + "run: {name: 'off'}\n").run.name == "off"
 
 
 def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:

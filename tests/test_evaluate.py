@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import evaluate, generators, images, metrics, models, report
+from sr_dist import evaluate, generators, images, metrics, models, report, upscale
 from sr_dist.errors import UserError
 from tests.helpers import contents, refuse, succeed
 
@@ -98,6 +98,19 @@ def test_pictures_that_cannot_be_measured(tmp_path: Path) -> None:
     (tmp_path / "flat.png").unlink()
     with pytest.raises(UserError, match="holds no pictures"):
         evaluate.check(str(tmp_path), scale=4, channels=3)
+
+
+def test_pictures_too_small_for_lpips_are_named_beforehand(tmp_path: Path, shared: Path) -> None:
+    small = np.zeros((16, 90, 3), np.uint8)
+    images.save(small, tmp_path / "data" / "flat.png")
+    assert read(tmp_path / "data", scale=2)[0].hr.shape == small.shape
+    message = refuse(
+        *("launch/evaluate.py", "--data", tmp_path / "data", "--method", "bicubic", "--scale", 2),
+        *("--lpips", shared / "weights" / "squeezenet1_1_imagenet.pth", "--output"),
+        tmp_path / "out",
+    )
+    assert "data: flat.png is 90x16 pixels; the metrics need 17 on each side" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_averages_are_means_of_pictures() -> None:
@@ -295,6 +308,18 @@ def test_gray_pictures(
     message = refuse(*common, "--checkpoint", published, "--output", tmp_path / "none")
     assert "holds gray pictures alone, and" in message and "was made for colour" in message
     assert not (tmp_path / "none").exists()
+    # The package's own model, which is taken where none is named, enlarges gray in upscale.py too.
+    done = succeed(*common[:3], "--output", tmp_path / "out", "--bits", 12)
+    first, second = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert (first["name"], second["name"]) == ("bicubic", generators.DEFAULT)
+    assert first["psnr"] == classical["psnr"]
+    pair = read(tmp_path / "eight", channels=1)[0]
+    images.save(pair.lr, tmp_path / "lr.png")
+    generator, options = generators.load(generators.DEFAULT)[0], {"scale": 4, "channels": 3}
+    sr = upscale.upscale_any(generator, tmp_path / "lr.png", **options, tile=256)
+    expected, _ = metrics.compare(sr, pair.hr, colour="y", border=4)
+    assert second["psnr"] == pytest.approx(expected, abs=0.001)
+    assert expected > first["psnr"] + 1
 
 
 def test_names_that_the_report_needs_itself(
@@ -310,7 +335,9 @@ def test_names_that_the_report_needs_itself(
 
 def test_report_shows_the_two_results_that_are_furthest_apart(picture: images.Picture) -> None:
     results = {"a": picture, "b": 255 - picture, "c": picture // 2 + 60}
-    assert report._furthest_apart(results) == ("a", "b")
+    assert report._furthest_apart(results, models=[]) == ("a", "b")
+    assert report._furthest_apart(results, models=["a", "c"]) == ("a", "c"), "among models"
+    assert report._furthest_apart(results, models=["c"]) == ("b", "c"), "what a model adds"
 
 
 def test_report_holds_pictures_too_long_for_webp() -> None:
@@ -353,12 +380,36 @@ def test_the_authors_model(
     )
 
 
+def writer_to(folder: Path) -> report.Writer:
+    return report.Writer(folder, data="a", scale=4, protocol=metrics.protocol("y", 4))
+
+
+def test_earlier_results_stay_until_the_new_ones_are_complete(
+    tmp_path: Path, picture: images.Picture
+) -> None:
+    pair = evaluate.Pair("a.png", np.ascontiguousarray(picture[::4, ::4]), picture)
+    with pytest.raises(KeyboardInterrupt), writer_to(tmp_path / "out") as writer:
+        writer.add(pair, {"SR": picture})
+        raise KeyboardInterrupt
+    assert not (tmp_path / "out").exists()
+    with writer_to(tmp_path / "out") as writer:
+        writer.add(pair, {"SR": picture})
+        writer.finish([evaluate.Row("a.png", "SR", 30.0, 0.9)])
+    before = contents(tmp_path / "out")
+    assert set(before) == {"metrics.json", "metrics.csv", "report.html", "pictures/a.png"}
+    with pytest.raises(KeyboardInterrupt), writer_to(tmp_path / "out") as writer:
+        writer.add(pair, {"SR": 255 - picture})
+        writer.add(dataclasses.replace(pair, name="b.png"), {"SR": picture})
+        raise KeyboardInterrupt
+    assert contents(tmp_path / "out") == before
+
+
 def test_pictures_of_an_earlier_evaluation_go(tmp_path: Path, picture: images.Picture) -> None:
     pair = evaluate.Pair("a.png", np.ascontiguousarray(picture[::4, ::4]), picture)
     for name in ("a.png", "b.png"):
-        writer = report.Writer(tmp_path, data="a", scale=4, protocol=metrics.protocol("y", 4))
-        writer.add(dataclasses.replace(pair, name=name), {"SR": picture})
-        writer.finish([evaluate.Row(name, "SR", 30.0, 0.9)])
+        with writer_to(tmp_path) as writer:
+            writer.add(dataclasses.replace(pair, name=name), {"SR": picture})
+            writer.finish([evaluate.Row(name, "SR", 30.0, 0.9)])
         if name == "a.png":
             (tmp_path / "pictures" / "mine.png").write_text("somebody's")
     found = sorted(path.name for path in (tmp_path / "pictures").iterdir())

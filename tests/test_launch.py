@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from sr_dist import distributed
+from sr_dist.errors import UserError
 from tests.helpers import ACCELERATE, REPOSITORY, all_end, contents, free_port, succeed
-from tests.runs import rows, saved
+from tests.runs import ONE_PROCESS, TWO_PROCESSES, launch, rows, saved
 
 LAUNCH = REPOSITORY / "launch"
 ACCELERATE_FILES = sorted((LAUNCH / "accelerate").glob("*.yaml"))
@@ -59,13 +62,45 @@ def test_the_file_for_one_gpu_starts_on_what_is_here(recipe: Path) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize(("path", "ranks"), [(ONE_PROCESS, 1), (TWO_PROCESSES, 2)])
+def test_the_files_for_the_cpu_use_it_where_there_are_gpus(
+    path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    done = launch(path, "tests/workers/which_device.py")
+    assert done.returncode == 0, done.stderr
+    expected = [f"rank {rank} of {ranks}: cpu" for rank in range(ranks)]
+    assert sorted(line for line in done.stdout.splitlines() if "rank" in line) == expected
+    assert "no GPU can be used" not in done.stderr, "what was asked for needs no warning"
+
+
+def test_who_asks_for_the_cpu_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("ACCELERATE_USE_CPU", "no"), ("CUDA_VISIBLE_DEVICES", "0,1")):
+        monkeypatch.setenv(name, value)
+        assert not distributed.told_cpu()
+    for value in ("", "-1", "-1,-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert distributed.told_cpu()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert not distributed.told_cpu()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert distributed.told_cpu()
+    with (
+        pytest.raises(UserError, match="fp16 needs a GPU, and the launcher was told to use the C"),
+        distributed.joined("fp16", seed=0),
+    ):
+        pass
+
+
+@pytest.mark.multiprocess
 def test_the_file_for_several_machines_trains_on_two_launchers(
     recipe: Path, tmp_path: Path
 ) -> None:
     """On the CPU of this one machine: a process each."""
     values = yaml.safe_load((LAUNCH / "accelerate" / "multi_node.yaml").read_text())
     assert (values["num_machines"], values["num_processes"]) == (2, 16)
-    values |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    values |= {"use_cpu": True, "gpu_ids": "-1", "num_processes": 2, "mixed_precision": "no"}
     values["main_process_port"] = free_port()
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
     command = [*ACCELERATE, "launch", "--config_file", str(tmp_path / "two.yaml")]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchmetrics.functional.image import (
 )
 
 from sr_dist import evaluate, images, metrics
-from tests.helpers import SHARED
+from tests.helpers import REPOSITORY, SHARED, succeed
 
 
 @pytest.fixture
@@ -43,6 +44,42 @@ def test_metrics_agree_with_torchmetrics(pair: tuple[torch.Tensor, torch.Tensor]
         )
         theirs = places[..., 5:-5, 5:-5].mean()
         assert metrics.ssim(a, b).item() == pytest.approx(theirs.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("height", [11, 31, 32, 33, 41, 42, 43, 64, 96, 101])
+@pytest.mark.parametrize(("colour", "channels"), [("y", 3), ("y", 1), ("rgb", 3)])
+def test_bands_of_a_picture_measure_as_the_whole(height: int, colour: str, channels: int) -> None:
+    assert metrics._BAND == 32, "or choose other heights"
+    random = np.random.default_rng(height)
+    hr = random.integers(0, 256, (height, 23, channels), np.uint8)
+    sr = (hr + random.normal(0, 9, hr.shape)).clip(0, 255).astype(np.uint8)
+    whole = [images.to_batch([picture]).double() for picture in (sr, hr)]
+    if colour == "y":
+        whole = [images.luma(picture) for picture in whole]
+    expected = (metrics.psnr(*whole).item(), metrics.ssim(*whole).item())
+    found = metrics.compare(sr, hr, colour=colour, border=0)
+    assert found == pytest.approx(expected, rel=1e-12)
+    framed = [np.pad(picture, ((4, 4), (4, 4), (0, 0))) for picture in (sr, hr)]
+    assert metrics.compare(*framed, colour=colour, border=4) == found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_a_large_picture_is_bounded() -> None:
+    """Of 4096x4096: SSIM of it at once took 4.6 GB beside the pictures."""
+    code = """
+import re
+import numpy as np
+from sr_dist import metrics
+def megabytes(what):  # ru_maxrss would be the parent's at first
+    return int(re.search(rf"{what}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1000
+hr = np.full((4096, 4096, 3), 100, np.uint8)
+metrics.compare(hr[:64, :64], hr[:64, :64], colour="rgb", border=4)
+before = megabytes("VmRSS")
+metrics.compare(hr + 1, hr, colour="rgb", border=4)
+print(megabytes("VmHWM") - before)
+"""
+    done = succeed(sys.executable, "-c", code, cwd=REPOSITORY)
+    assert float(done.stdout) < 250, "50 MB of them are the other picture"
 
 
 def test_equal_pictures(picture: images.Picture) -> None:

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 import sr_dist
-from sr_dist import checkpoint, generators, images, model_files, models
+from sr_dist import checkpoint, generators, images, model_files, models, upscale
 from sr_dist.errors import UserError
 from tests.helpers import REPOSITORY, refuse, succeed
 
@@ -25,6 +26,7 @@ DESCRIPTION: dict[str, Any] = {
     "norm": "none",
     "global_skip": "bicubic",
 }
+CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -297,11 +299,19 @@ for arguments in (("owner/name", "v2"), ("owner/other",)):
 def test_commands_take_a_repository(
     cache: dict[str, str], picture: images.Picture, tmp_path: Path
 ) -> None:
-    images.save(picture, tmp_path / "a.png")
+    twelve = picture[..., :1].astype(np.uint16) * 16
+    images.save(twelve, tmp_path / "a.png")
+    folder = tmp_path / "hub/models--owner--name/snapshots" / COMMIT
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "bits": 12}))
     command = ("launch/upscale.py", "--input", tmp_path / "a.png", "--output", tmp_path / "out")
-    succeed(*command, "--checkpoint", "owner/name", cwd=tmp_path, **cache)
-    assert images.header(tmp_path / "out" / "a.png")[:2] == (128, 160)
-    (tmp_path / "hub/models--owner--name/snapshots" / COMMIT / "config.json").write_text("{}")
+    fp32 = ("--checkpoint", "owner/name", "--engine", "fp32")
+    succeed(*command, *fp32, cwd=tmp_path, **cache)
+    loaded, options = upscale.prepare(sr_dist.load(folder), CPU), {"scale": 2, "channels": 3}
+    expected = upscale.upscale_any(loaded, tmp_path / "a.png", **options, tile=128, bits=12)
+    found = images.decode(tmp_path / "out" / "a.png", 1)
+    assert found.shape == (128, 160, 1) and np.array_equal(found, expected)
+    (folder / "config.json").write_text("{}")
     message = refuse(*command, "--checkpoint", "owner/name", cwd=tmp_path, **cache)
     assert "owner/name (Hugging Face): config.json is of no sr_dist model" in message
 

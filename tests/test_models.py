@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,24 @@ def test_generators_compute_what_the_papers_say(name: str, scale: int) -> None:
     expected = plain_networks.GENERATORS[name](generator.state_dict(), lr, 3, doublings)
     assert expected.std() > 0.1
     torch.testing.assert_close(generator(lr), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("swift_srgan", "initial.cnn.pointwise.weight"), ("srgan", "initial.0.weight")],
+)
+def test_weights_that_tell_the_size_are_named_where_they_cannot(name: str, key: str) -> None:
+    state = build(describe(name, num_blocks=1)).state_dict()
+    for value, said in (
+        (torch.zeros(5), f"{key} has shape (5,); expected that of a convolution"),
+        (torch.zeros(2, 3), f"{key} has shape (2, 3); expected"),
+        ("text", f"{key} is no tensor but str"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            models.infer_generator({**state, key: value})
+    del state[key]
+    with pytest.raises(ValueError, match=f"{key}"):
+        models.infer_generator(state)
 
 
 @pytest.mark.parametrize("head", ["linear", "gap"])

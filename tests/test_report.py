@@ -26,7 +26,8 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return np.full((40 * factor, 50 * factor, 3), FLAT[name], np.uint8)
 
     protocol = metrics.protocol("y", 4, lpips=True)
-    writer = report.Writer(folder, data="some/set/HR", scale=4, protocol=protocol)
+    models = ["A", "B"]
+    writer = report.Writer(folder, data="some/set/HR", scale=4, protocol=protocol, models=models)
     rows = []
     for number, picture in enumerate(("first.png", "second <b>.png")):
         pair = evaluate.Pair(picture, flat("LR", 1), flat("HR"))
@@ -142,6 +143,8 @@ def test_page_is_complete_and_needs_nothing_else(page: Any) -> None:
         assert said in words
     zooms = page.locator("section").first.locator(".zooms figcaption").all_inner_texts()
     assert zooms == ["LR", "bicubic", "A", "B", "HR"]
+    place = page.locator("section").first.locator(".place").inner_text()
+    assert place.endswith("where A and B differ most:"), "bicubic is further from B"
     shown = page.locator(".zooms img").first
     assert shown.evaluate("e => e.naturalWidth") == 64
     assert shown.bounding_box()["width"] >= 115, "enlarged"

@@ -217,6 +217,15 @@ def test_evaluation_can_be_rarer(recipe: Path) -> None:
     assert [bool(row["PSNR"]) for row in rows(result.folder)] == [False, True, True]
 
 
+def test_pictures_too_small_for_lpips_are_named_before_training(
+    recipe: Path, tmp_path: Path
+) -> None:
+    images.save(np.zeros((16, 16, 3), np.uint8), tmp_path / "small" / "a.png")
+    words = ("data.scale=2", f"data.validation={tmp_path}/small", "evaluation.lpips=any.pth")
+    with pytest.raises(UserError, match="a.png is 16x16 pixels; the metrics need 17 on each side"):
+        train.run(load(recipe, *words))
+
+
 def test_lpips_is_measured_where_it_is_asked_for(recipe: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "s.pth")

@@ -65,7 +65,7 @@ def infer_generator(state: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `build_generator` that a state dict fits; `global_skip` is none.
 
     Raises:
-        ValueError: the state dict is of no generator known here.
+        ValueError: the state dict is of no generator known here, or a weight has an odd shape.
     """
     for name, family in GENERATORS.items():
         if state.keys() >= family.KEYS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,25 @@ def classifier(head: str) -> nn.Sequential:
         nn.LeakyReLU(0.2, inplace=True),
         nn.Linear(1024, 1),
     )
+
+
+def kernel_shape(state: Mapping[str, object], key: str) -> tuple[int, int, int, int]:
+    """The shape of a convolution's weight in a state dict.
+
+    Raises:
+        ValueError: it is not there, or is none.
+    """
+    if key not in state:
+        raise ValueError(f"weights lack {key}; they are of another model")
+    value = state[key]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} is no tensor but {type(value).__name__}")
+    if value.ndim != 4:
+        raise ValueError(
+            f"{key} has shape {tuple(value.shape)}; expected that of a convolution, four numbers"
+        )
+    outputs, inputs, height, width = value.shape
+    return outputs, inputs, height, width
 
 
 def count(state: dict[str, Tensor], prefix: str) -> int:

@@ -103,12 +103,16 @@ class Discriminator(nn.Module):
 
 
 def infer(state: dict[str, torch.Tensor]) -> dict[str, object]:
-    """`Generator`'s arguments, read from the names and shapes of a state dict."""
-    width, channels = state["initial.0.weight"].shape[:2]
+    """`Generator`'s arguments, read from the names and shapes of a state dict.
+
+    Raises:
+        ValueError: a weight that is looked at is missing, or no convolution's.
+    """
+    width, channels, _, _ = layers.kernel_shape(state, "initial.0.weight")
     return {
         "scale": 2 ** layers.count(state, "upsampler."),
-        "channels": int(channels),
-        "num_channels": int(width),
+        "channels": channels,
+        "num_channels": width,
         "num_blocks": layers.count(state, "residual."),
         "norm": "batch" if "middle.1.weight" in state else "none",
         "global_skip": "none",
