@@ -17,17 +17,27 @@ python tools/split_dataset.py --images $data/images --val-fraction 0.2 --seed 18
 python tools/make_shards.py --images $data/images/train.txt --output $data/shards --tile 128
 
 # One process, on a GPU if there is one; `accelerate launch` starts several (README).
-python launch/train.py --config configs/quickstart.yaml "$@"
+result=$(python launch/train.py --config configs/quickstart.yaml "$@")
+echo "$result"
+run=$(sed -n 's/^Run folder: //p' <<< "$result")
+if [ -z "$run" ]; then  # --dry-run
+  exit 0
+fi
 
-cat <<'TEXT'
+cat <<TEXT
 
 Look further:
   . .venv/bin/activate
-  tensorboard --logdir runs                                       # losses, PSNR, pictures of every epoch
-  ls runs/quickstart/samples/*/                                   # LR | bicubic | SR | HR, side by side
-  python launch/upscale.py --checkpoint runs/quickstart --input YOUR_PICTURE.jpg --output upscaled/
-  python launch/evaluate.py --data YOUR_PICTURES/ --method bicubic --checkpoint runs/quickstart --scale 4 --output results/
+  tensorboard --logdir $(dirname "$run")            # losses, PSNR, pictures of every epoch
+  ls $run/samples/*/        # LR | bicubic | SR | HR, side by side
+  python launch/upscale.py --checkpoint $run --input YOUR_PICTURE.jpg --output upscaled/
+  python launch/evaluate.py --data YOUR_PICTURES/ --method bicubic --checkpoint $run --output results/
+TEXT
+weight='import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))["loss"]["content"]["weight"])'
+if [ "$(python -c "$weight" "$run/config.yaml")" = 0.0 ]; then
+  cat <<'TEXT'
 
 The content loss was left off, because its weights are a 14 MB download. With it:
   bash launch/quickstart.sh run.name=quickstart_content loss.content.weight=0.006
 TEXT
+fi

@@ -20,7 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from sr_dist import distributed
 from sr_dist.errors import UserError
-from tests.helpers import ACCELERATE, REPOSITORY, all_end, contents, free_port, succeed
+from tests.helpers import ACCELERATE, REPOSITORY, all_end, contents, free_port, run, succeed
 from tests.runs import ONE_PROCESS, TWO_PROCESSES, launch, rows, saved
 
 LAUNCH = REPOSITORY / "launch"
@@ -127,6 +127,43 @@ def test_scripts_are_sound(name: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not here")
     succeed("shellcheck", "--exclude=SC1091", LAUNCH / name)
+
+
+def test_the_quickstart_says_what_to_do_with_the_run_that_it_made(tmp_path: Path) -> None:
+    """Its training is a stand-in that leaves the configuration and says where."""
+    for folder in ("launch", "tools", "configs"):
+        (tmp_path / folder).mkdir()
+    for name in ("launch/quickstart.sh", "configs/quickstart.yaml"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    (tmp_path / "launch" / "environment.sh").write_text('cd "$(dirname "$0")/.."\n')
+    for name in ("make_dataset.py", "split_dataset.py", "make_shards.py"):
+        (tmp_path / "tools" / name).touch()
+    (tmp_path / "launch" / "train.py").write_text("""
+import pathlib, sys
+from sr_dist import config
+if "--dry-run" not in sys.argv:
+    settings = config.load(sys.argv[2], sys.argv[3:])
+    folder = pathlib.Path(settings.run.output_dir, settings.run.name)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    print(f"the table\\n\\nRun folder: {folder}")
+""")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def said(*words: str) -> str:
+        script = tmp_path / "launch" / "quickstart.sh"
+        return succeed("bash", script, *words, PATH=path, PYTHONPATH=str(REPOSITORY)).stdout
+
+    without = said()
+    assert without.startswith("the table\n") and "--checkpoint runs/quickstart --input" in without
+    assert "The content loss was left off" in without
+    (command,) = re.findall(r"^  bash launch/quickstart.sh (.*)$", without, re.MULTILINE)
+    with_it = said(*command.split(), "run.output_dir=elsewhere")
+    assert "content loss" not in with_it and "runs/" not in with_it
+    assert with_it.count("elsewhere/quickstart_content") == 4 and "--logdir elsewhere " in with_it
+    assert said("--dry-run") == "\n"
+    (tmp_path / "launch" / "train.py").write_text("raise SystemExit(2)")
+    assert run("bash", tmp_path / "launch" / "quickstart.sh", PATH=path).returncode == 2
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from sr_dist import checkpoint, config, generators, images, shard_writer, train
+from sr_dist import checkpoint, config, generators, images, models, shard_writer, train
 from tests.helpers import REPOSITORY
 
 RECIPES = sorted(path.stem for path in REPOSITORY.glob("configs/*.yaml"))
@@ -58,6 +59,19 @@ def shrunken(name: str, pictures: Path, output: Path) -> config.Config:
     return config.load(path, overrides)
 
 
+def first_weights(settings: config.Config) -> dict[str, torch.Tensor]:
+    """The parameters that a run starts from: those of its seed, or of another run."""
+    if settings.train.start_from:
+        return generators.load(settings.train.start_from)[0].state_dict()
+    arguments = dataclasses.asdict(settings.model.generator)
+    torch.manual_seed(settings.run.seed)
+    return dict(
+        models.build_generator(
+            **arguments, scale=settings.data.scale, channels=settings.data.channels
+        ).named_parameters()
+    )
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains(name: str, pictures: Path, tmp_path: Path) -> None:
     settings = shrunken(name, pictures, tmp_path)
@@ -67,7 +81,16 @@ def test_every_recipe_trains(name: str, pictures: Path, tmp_path: Path) -> None:
     found = checkpoint.find_newest(result.folder / "checkpoints")
     assert found is not None and found.step == 2
     assert found.has("discriminator") == bool(settings.loss.adversarial.weight)
-    assert all(torch.isfinite(value).all() for value in found.weights("generator").values())
+    trained = found.weights("generator")
+    assert all(torch.isfinite(value).all() for value in trained.values())
+    least = 0.1 * settings.optimizer.generator.learning_rate  # ten times what weight decay does
+    moved = [
+        name
+        for name, value in first_weights(settings).items()
+        if (value - trained[name]).abs().max() > least
+    ]
+    assert any("initial" in name for name in moved), "the first layer trained"
+    assert any("final" in name for name in moved), "and the last"
     generator, _ = generators.load(result.folder)
     scale, channels = settings.data.scale, settings.data.channels
     assert generator(torch.rand(1, channels, 5, 7)).shape == (1, channels, 5 * scale, 7 * scale)

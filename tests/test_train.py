@@ -88,6 +88,7 @@ def test_a_run_leaves_what_the_design_says(recipe: Path) -> None:
         assert torch.equal(value, tensors[f"ema/{key}"])
     last = "final_conv.pointwise.weight"
     assert not torch.equal(tensors[f"ema/{last}"], tensors[f"generator/{last}"])
+    assert tensors[f"generator/{last}"].abs().max() > 1e-3, "it starts at zero"
     discriminator = models.build_discriminator("swift_srgan", channels=3, head="gap")
     published = torch.load(folder / "models" / "netD_4x_epoch2.pth.tar", weights_only=True)
     discriminator.load_state_dict(published["model"], strict=True)
@@ -790,11 +791,11 @@ def test_batch_that_does_not_divide_is_refused(recipe: Path) -> None:
     assert done.stderr.count("global_batch_size 7 does not divide among 2 processes") == 1
 
 
-def test_the_quickstart_recipe_runs_as_its_script_does(tmp_path: Path) -> None:
-    """The commands of launch/quickstart.sh, on one epoch of one crop a tile."""
+def quickstart(folder: Path, *overrides: str) -> tuple[float, float]:
+    """The commands of launch/quickstart.sh: PSNR of bicubic and of the model."""
     script = (REPOSITORY / "launch" / "quickstart.sh").read_text()
     assert "--val-fraction 0.2 --seed 18" in script and "--tile 128" in script
-    data = tmp_path / "data" / "quickstart"
+    data = folder / "data" / "quickstart"
     succeed("tools/make_dataset.py", "--source", "sample", "--output", data / "images")
     succeed(
         *("tools/split_dataset.py", "--images", data / "images"),
@@ -805,15 +806,39 @@ def test_the_quickstart_recipe_runs_as_its_script_does(tmp_path: Path) -> None:
         *("--output", data / "shards", "--tile", 128),
     )
     done = succeed(
-        *("launch/train.py", "--config", REPOSITORY / "configs" / "quickstart.yaml"),
-        *("train.epochs=1", "data.crops_per_image=1", "train.warmup_images=80"),
-        cwd=tmp_path,
+        *("launch/train.py", "--config", REPOSITORY / "configs" / "quickstart.yaml", *overrides),
+        cwd=folder,
+        timeout=1800,
     )
     bicubic, model = (
         float(line.split()[1])
         for line in done.stdout.splitlines()
         if line.split()[:1] in (["bicubic"], ["SR"])
     )
-    assert model > bicubic - 0.5
+    return bicubic, model
+
+
+def test_the_quickstart_recipe_runs_as_its_script_does(tmp_path: Path) -> None:
+    """In one epoch of small crops, with what lets so few steps show: 0.42 dB when measured."""
+    small = ("data.crops_per_image=16", "data.crop_size=48", "train.warmup_images=1500")
+    short = ("train.epochs=1", "optimizer.generator.schedule=constant", "train.ema_half_life=50")
+    bicubic, model = quickstart(tmp_path, *small, *short)
+    assert model > bicubic + 0.2
     settings = yaml.safe_load((tmp_path / "runs" / "quickstart" / "config.yaml").read_text())
     assert settings["model"]["generator"]["global_skip"] == "bicubic"
+
+
+@pytest.mark.slow
+def test_the_quickstart_beats_bicubic_by_what_was_asked_for(shared: Path, tmp_path: Path) -> None:
+    """The whole of it: on the held-out photographs, and by 0.8 dB on Set5."""
+    bicubic, model = quickstart(tmp_path)
+    assert model > bicubic + 1
+    folder = shared / "benchmarks" / "Set5"
+    done = succeed(
+        *("launch/evaluate.py", "--data", folder / "HR", "--lr", folder / "LR_bicubic" / "X4"),
+        *("--method", "bicubic", "--checkpoint", tmp_path / "runs" / "quickstart"),
+        *("--output", tmp_path / "results"),
+    )
+    classical, learned = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert classical["psnr"] == pytest.approx(28.43, abs=0.01)
+    assert learned["psnr"] >= classical["psnr"] + 0.8
