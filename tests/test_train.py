@@ -264,7 +264,10 @@ def test_a_disk_that_is_full_at_the_end_of_an_epoch_loses_nothing_of_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, file: str, every_epochs: int
 ) -> None:
     settings = ("loss.content.weight=0", "data.num_workers=0", "train.epochs=2")
-    settings += (f"evaluation.every_epochs={every_epochs}",)
+    settings += (
+        "data.crop_size=32",
+        f"evaluation.every_epochs={every_epochs}",
+    )
     unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
     with monkeypatch.context() as patch:
         full_once(patch, file)
@@ -377,7 +380,7 @@ def test_files_room_and_processes_are_checked_before_the_first_step(
     with pytest.raises(UserError, match=message):
         train.run(load(recipe, f"data.train={folder}"))
     tar.unlink()
-    with pytest.raises(UserError, match="shard-000002.tar cannot be read: No such file"):
+    with pytest.raises(UserError, match="shard-000002.tar is not there"):
         train.run(load(recipe, f"data.train={folder}"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="in .*/file nothing can be written: Not a directory"):
@@ -559,6 +562,7 @@ def test_bf16(recipe: Path, tmp_path: Path) -> None:
         succeed(
             *("launch/train.py", "--config", recipe, f"run.name=in_{precision}"),
             *(f"train.mixed_precision={precision}", "train.epochs=1", "train.warmup_images=0"),
+            "data.crop_size=32",
         )
     exact, _ = saved(tmp_path / "runs" / "in_no")
     rounded, _ = saved(tmp_path / "runs" / "in_bf16")
@@ -648,7 +652,7 @@ def test_shards_from_afar_are_read_as_configured(
     server.replies["/s/index.json"] = [status(503)] * 3 + index
     with pytest.raises(UserError, match=r"index.json cannot be read at byte 0 after 3 attempts"):
         train.run(load(recipe, *overrides, "run.name=other"))
-    with pytest.raises(UserError, match="stream.cache_bytes is 9, but shard-"):
+    with pytest.raises(UserError, match="stream.cache_bytes is 9, but http.*shard-"):
         train.run(load(recipe, *overrides, "run.name=other", "stream.cache_bytes=9"))
 
 
