@@ -247,11 +247,14 @@ def relative_cost(
             sr = generator(lr)
         if terms.adversarial_weight:
             assert discriminator is not None
+            pictures = hr.detach().requires_grad_(bool(terms.r1_weight))
             with processes.autocast():
-                real, fake = discriminator(hr), discriminator(sr.detach())
+                real, fake = discriminator(pictures), discriminator(sr.detach())
             apart = losses.discriminator_adversarial(
                 real.float(), fake.float(), terms.adversarial, terms.label_smoothing
             )
+            if terms.r1_weight:
+                apart = apart + losses.gradient_penalty(real, pictures)
             torch.autograd.backward(apart)
         found = generator_terms(processes, discriminator, terms, sr, hr)
         torch.autograd.backward(torch.stack(list(found.values())).sum())

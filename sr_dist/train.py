@@ -415,7 +415,8 @@ def _work(
         at_once = train.global_batch_size // processes.world_size // train.accumulation_steps
         shape = (at_once, data.channels, data.crop_size, data.crop_size)
         dearer = gan.relative_cost(processes, networks, objective, shape=shape, scale=data.scale)
-    epochs = range(position.place // plan.steps_per_epoch + 1, train.epochs + 1)
+    done = position.place // plan.steps_per_epoch - position.unmeasured
+    epochs = range(done + 1, train.epochs + 1)
     return tracking.Work(
         total=total_images,
         done=position.images_seen,

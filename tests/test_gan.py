@@ -196,6 +196,8 @@ def test_what_all_losses_cost_is_known_beforehand_and_nothing_is_touched(
     pixel = whole.at(0, warmup_images=1, ramp_images=0)
     alone = gan.relative_cost(processes, networks, pixel, shape=(2, 3, 64, 64), scale=4)
     assert cost > 1.5 and 0.4 < alone < 2.5
+    penalised = dataclasses.replace(whole, r1_weight=10.0)
+    gan.relative_cost(processes, networks, penalised, shape=(2, 3, 64, 64), scale=4)
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, module in networks.weights.items():
         assert all(p.grad is None for p in module.parameters())

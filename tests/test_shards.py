@@ -442,7 +442,7 @@ def test_an_index_of_any_bytes_is_refused_or_read(
 def test_an_index_of_any_bytes_at_length(
     tmp_path: Path, sharded: Path, data: st.DataObject
 ) -> None:
-    """Minutes long."""
+    """The same for minutes: a decorator alone says how many examples."""
     changed_index(tmp_path, (sharded / "index.json").read_bytes(), data)
 
 

@@ -10,10 +10,11 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sr_dist import tracking
+from sr_dist import config, resuming, shards, tracking, train
 from tests.helpers import REPOSITORY, succeed
 
 
@@ -82,6 +83,23 @@ def test_a_terminal_shows_a_live_line_and_quiet_means_quiet(recipe: Path) -> Non
     assert re.search(result, quiet.stdout)
     said = quiet.stderr.splitlines()
     assert said == ["the content loss compares features of RANDOM weights: for tests only"], said
+
+
+def test_an_evaluation_that_is_made_up_for_counts(recipe: Path) -> None:
+    """Work after a start at the end of an epoch whose results are still to come, and at one not."""
+    settings = config.load(recipe, ["train.epochs=5", "train.warmup_images=0"])
+    plan = shards.make_plan(
+        shards.read_index(settings.data.train),
+        seed=0,
+        global_batch_size=8,
+        crops_per_image=1,
+        crop_size=settings.data.crop_size,
+    )
+    for unmeasured, left in ((True, 4), (False, 3)):
+        ended = 2 * plan.steps_per_epoch
+        position = resuming.Position(ended, 8 * ended, ended, unmeasured)
+        given: Any = (settings, None, None, None, position, plan, 8 * 5 * plan.steps_per_epoch)
+        assert train._work(*given).evaluations == left
 
 
 def test_the_time_left_is_right_from_the_first_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,16 +41,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     output, settings = arguments.output, config.load(arguments.config)
     output.mkdir(parents=True, exist_ok=True)
     bicubic = _psnr(evaluate.classical("bicubic", settings.data.scale), arguments, settings)
-    curves: dict[str, Points] = {}
-    for name, train in (("ours", _ours), ("reference", _reference)):
-        kept = output / f"{name}.json"
-        if kept.exists():
-            log.info("%s: as measured before, %s", name, kept)
-        else:
-            longest = curves["ours"][-1][0] if curves else 0.0
-            points = list(train(arguments, settings, arguments.minutes or longest))
-            files.write_whole(kept, json.dumps(points))
-        curves[name] = [(minutes, psnr) for minutes, psnr in json.loads(kept.read_text())]
+    curves = {"ours": _kept(output / "ours.json", lambda: _ours(arguments, settings))}
+    minutes = arguments.minutes or curves["ours"][-1][0]
+    curves["reference"] = _kept(
+        output / "reference.json", lambda: _reference(arguments, settings, minutes)
+    )
     print(table(curves, bicubic), file=sys.stderr)
     draw(curves, bicubic, output / "curve.svg")
     mark = bicubic + _ABOVE
@@ -69,6 +64,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "config": {"recipe": arguments.config.name, "photographs": str(arguments.photographs)},
         **measuring.about(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
+
+
+def _kept(path: Path, measured: Callable[[], Iterable[tuple[float, float]]]) -> Points:
+    """The points in a file, which is written where it is not there."""
+    if path.exists():
+        log.info("as measured before: %s", path)
+    else:
+        files.write_whole(path, json.dumps(list(measured())))
+    return [(minutes, psnr) for minutes, psnr in json.loads(path.read_text())]
 
 
 def reached(points: Points, mark: float) -> float | None:
@@ -141,11 +145,8 @@ def _of(generator: nn.Module, arguments: argparse.Namespace, settings: config.Co
     return round(_psnr(learned, arguments, settings), 3)
 
 
-def _ours(
-    arguments: argparse.Namespace, settings: config.Config, minutes: float
-) -> Iterator[tuple[float, float]]:
-    """The recipe to its end, a point an epoch; `minutes` is the reference's."""
-    del minutes
+def _ours(arguments: argparse.Namespace, settings: config.Config) -> Iterator[tuple[float, float]]:
+    """The recipe to its end, a point an epoch."""
     output = arguments.output.resolve()
     began = time.time()
     images, pictures = output / "images", str(arguments.photographs)
