@@ -51,8 +51,8 @@ def parse_arguments() -> argparse.Namespace:
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="what computes: bf16 is faster where the processor has it, and rounds more; auto "
-        "(default) tries both on the first picture, and takes bf16 where it is faster and within "
-        "45 dB of fp32",
+        "(default) tries both on the first picture where it has, and takes bf16 if that is faster "
+        "and within 45 dB of fp32",
     )
     parser.add_argument(
         "--bits",

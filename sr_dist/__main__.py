@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sr_dist import __version__, generators
+from sr_dist import __version__, generators, machine
 
 
 def devices() -> Iterator[str]:
@@ -22,15 +22,12 @@ def devices() -> Iterator[str]:
 
 
 def precisions() -> Iterator[str]:
+    on_gpu = torch.cuda.is_available()
+    fast = machine.has_bf16(torch.device("cuda" if on_gpu else "cpu"))
     yield "no (fp32)"
-    if not torch.cuda.is_available():
-        # Of the processors' own kind: elsewhere bf16 is computed too, in more time.
-        mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        fast = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        yield "bf16" if fast else "bf16 (slow here)"
-        return
-    yield "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "bf16 (slow here)"
-    yield "fp16"
+    yield "bf16" if fast else "bf16 (slow here)"
+    if on_gpu:
+        yield "fp16"
 
 
 def extras() -> Iterator[tuple[str, list[str]]]:

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,7 @@ class Saver:
 
     def __init__(self, folder: Path, *, keep: int, best: str | None) -> None:
         self.folder, self.keep, self.best = folder, keep, best
+        self.began = time.monotonic()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -239,6 +241,7 @@ class Saver:
             OSError: that one could not be written.
         """
         self.finish()
+        self.began = time.monotonic()
         self.thread = threading.Thread(target=self._write, args=(held,), name="checkpoint")
         self.thread.start()
 
@@ -247,6 +250,10 @@ class Saver:
             write(self.folder, held, keep=self.keep, best=self.best)
         except BaseException as error:
             self.error = error
+
+    def is_due(self, every_minutes: float | None) -> bool:
+        """Whether the last one, or the run, began so long ago."""
+        return every_minutes is not None and time.monotonic() - self.began >= 60 * every_minutes
 
     def check(self) -> None:
         """

@@ -27,6 +27,16 @@ def megabytes_in_use() -> dict[str, float]:
     return found
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` computes in bf16; those that do not emulate it, many times slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def commit() -> str | None:
     """Of the checkout that this code is run from, as `git describe` names it, if it is one."""
     here = Path(__file__).resolve().parents[1]

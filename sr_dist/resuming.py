@@ -52,6 +52,57 @@ class Position:
     unmeasured: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The steps that a run has before it, from `start` to the end of its last epoch."""
+
+    start: Position
+    steps_per_epoch: int
+    epochs: int  # of the whole run
+    batch_size: int  # over all ranks
+
+    @property
+    def last_step(self) -> int:
+        return self.start.step + self.epochs * self.steps_per_epoch - self.start.place
+
+    @property
+    def total_images(self) -> int:
+        return self.at(self.last_step).images_seen
+
+    @property
+    def steps(self) -> range:
+        """Those to come; first the last one once more if its results are to be made up for."""
+        return range(self.start.step + (not self.start.unmeasured), self.last_step + 1)
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that have ended, with their results."""
+        return self.start.place // self.steps_per_epoch - self.start.unmeasured
+
+    def at(self, step: int) -> Position:
+        """Where the run stands after `step`."""
+        steps = step - self.start.step
+        images_seen = self.start.images_seen + steps * self.batch_size
+        return Position(step, images_seen, self.start.place + steps)
+
+    def epoch(self, step: int) -> int:
+        """Counted from 1."""
+        return (self.at(step).place - 1) // self.steps_per_epoch + 1
+
+    def ends_epoch(self, step: int) -> bool:
+        return self.at(step).place % self.steps_per_epoch == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What changes from step to step, on every rank."""
+
+    networks: gan.Networks
+    epoch_means: tracking.EpochMeans
+    skipped: tracking.Skipped
+    nonfinite: finite.Nonfinite
+
+
 def find_start(
     folder: Path, resume: str, identity: Mapping[str, Any]
 ) -> checkpoint.Checkpoint | None:
@@ -114,50 +165,37 @@ def position_of(start: checkpoint.Checkpoint, plan: shards.Plan) -> Position:
     return Position(start.step, start.meta["images_seen"], place, unmeasured)
 
 
-def restore(
-    start: checkpoint.Checkpoint,
-    processes: Processes,
-    networks: gan.Networks,
-    epoch_means: tracking.EpochMeans,
-    skipped: tracking.Skipped,
-    nonfinite: finite.Nonfinite,
-) -> None:
+def restore(start: checkpoint.Checkpoint, processes: Processes, state: State) -> None:
     """Put the networks, the optimisers and the counts where the checkpoint has them.
 
     Raises:
         UserError: its weights do not fit.
     """
+    networks = state.networks
     for name, module in networks.weights.items():
         # An average that the run did not keep before starts from the generator.
         held = name if start.has(name) else "generator"
         weights.load(module, start.weights(held), str(start.folder))
-    state = start.training()
+    saved = start.training()
     if all(start.has(name) for name in networks.weights):
-        processes.set_buffers(networks.weights.values(), state["buffers"].to(processes.device))
+        processes.set_buffers(networks.weights.values(), saved["buffers"].to(processes.device))
     for name, optimizer in networks.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    processes.load_scaler_state(state["scaler"])
-    nonfinite.restore(state.get("nonfinite", nonfinite.counts))
+        optimizer.load_state_dict(saved["optimizers"][name])
+    processes.load_scaler_state(saved["scaler"])
+    state.nonfinite.restore(saved.get("nonfinite", state.nonfinite.counts))
     if processes.is_main:
-        epoch_means.sums.copy_(state["epoch_sums"])
-        skipped.count = state["skipped"]
+        state.epoch_means.sums.copy_(saved["epoch_sums"])
+        state.skipped.count = saved["skipped"]
 
 
-def state_of(
-    processes: Processes,
-    networks: gan.Networks,
-    epoch_means: tracking.EpochMeans,
-    skipped: tracking.Skipped,
-    nonfinite: finite.Nonfinite,
-    buffers: torch.Tensor,
-) -> dict[str, Any]:
+def to_save(processes: Processes, state: State, buffers: torch.Tensor) -> dict[str, Any]:
     """What a run needs beside its weights to go on."""
     return {
-        "optimizers": {name: o.state_dict() for name, o in networks.optimizers.items()},
+        "optimizers": {name: o.state_dict() for name, o in state.networks.optimizers.items()},
         "scaler": processes.scaler_state(),
-        "epoch_sums": epoch_means.sums.cpu(),
-        "skipped": skipped.count,
-        "nonfinite": nonfinite.counts.cpu(),
+        "epoch_sums": state.epoch_means.sums.cpu(),
+        "skipped": state.skipped.count,
+        "nonfinite": state.nonfinite.counts.cpu(),
         "buffers": buffers.cpu(),
     }
 

@@ -36,9 +36,11 @@ def fastest(
 ) -> tuple[str, str]:
     """Which of `ENGINES` is fastest here, and a sentence that says why.
 
-    bf16 is chosen only where its result is near that of fp32, on the middle of `picture`, of any
-    number of channels. `channels`: the generator's.
+    bf16 is chosen only where the device has it, and its result is near that of fp32, on the middle
+    of `picture`, of any number of channels. `channels`: the generator's.
     """
+    if not machine.has_bf16(next(generator.parameters()).device):
+        return "fp32", "fp32: this machine does not compute in bf16"
     height, width, _ = picture.shape
     top, left = max(0, (height - _PROBE) // 2), max(0, (width - _PROBE) // 2)
     probe = picture[top : top + _PROBE, left : left + _PROBE, :channels]

@@ -104,7 +104,7 @@ def recipe(sharded: Path, photographs: Path, tmp_path: Path) -> Path:
         f"""
 run: {{name: small, output_dir: {tmp_path}/runs}}
 data:
-  {{train: {sharded}, validation: {tmp_path}/val.txt, crop_size: 48, crops_per_image: 1,
+  {{train: {sharded}, validation: {tmp_path}/val.txt, crop_size: 32, crops_per_image: 1,
     num_workers: 1}}
 model:
   generator: {{num_channels: 8, num_blocks: 1, global_skip: bicubic}}

@@ -206,6 +206,25 @@ def test_start_is_refused_for_another_model_or_data(tmp_path: Path) -> None:
         resuming.find_start(tmp_path, "never", {})
 
 
+def test_a_course_counts_steps_pictures_and_epochs() -> None:
+    """Gone on with after 10 steps, 4 of 6 into the second epoch of a changed batch."""
+    position = resuming.Position(10, 96, 10, False)
+    course = resuming.Course(position, steps_per_epoch=6, epochs=3, batch_size=8)
+    assert (course.last_step, course.total_images) == (18, 96 + 8 * 8)
+    assert course.steps == range(11, 19)
+    assert course.at(13) == resuming.Position(13, 120, 13)
+    assert [course.epoch(step) for step in (11, 12, 13, 18)] == [2, 2, 3, 3]
+    assert [step for step in course.steps if course.ends_epoch(step)] == [12, 18]
+    assert course.epochs_done == 1
+
+
+def test_a_course_makes_up_for_an_evaluation_first() -> None:
+    position = resuming.Position(20, 160, 12, True)  # of fewer steps than were done, before
+    course = resuming.Course(position, steps_per_epoch=6, epochs=3, batch_size=8)
+    assert course.steps == range(20, 27) and course.ends_epoch(20) and course.epoch(20) == 2
+    assert course.epochs_done == 1
+
+
 def test_generator_loads_from_run_checkpoint_and_published_file(tmp_path: Path) -> None:
     plain, average = generator(1), generator(2)
     run = tmp_path / "run"

@@ -35,7 +35,7 @@ def foreign(photographs: Path, tmp_path: Path) -> Path:
 
 def overrides(folder: Path, on_error: str) -> list[str]:
     given = [f"data.train={folder}", f"stream.on_error={on_error}", "train.global_batch_size=4"]
-    return [*given, "train.epochs=2", "train.warmup_images=0"]
+    return [*given, "data.crop_size=48", "train.epochs=2", "train.warmup_images=0"]
 
 
 def test_a_picture_smaller_than_the_crop_stops_a_run_before_it_begins(

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import termios
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sr_dist import config, resuming, shards, tracking, train
+from sr_dist import config, resuming, shards, tracking
+from sr_dist.train import loop
 from tests.helpers import REPOSITORY, succeed
 
 
@@ -98,8 +100,9 @@ def test_an_evaluation_that_is_made_up_for_counts(recipe: Path) -> None:
     for unmeasured, left in ((True, 4), (False, 3)):
         ended = 2 * plan.steps_per_epoch
         position = resuming.Position(ended, 8 * ended, ended, unmeasured)
-        given: Any = (settings, None, None, None, position, plan, 8 * 5 * plan.steps_per_epoch)
-        assert train._work(*given).evaluations == left
+        course = resuming.Course(position, plan.steps_per_epoch, epochs=5, batch_size=8)
+        this: Any = types.SimpleNamespace(config=settings, course=course)
+        assert loop._work(this).evaluations == left
 
 
 def test_the_time_left_is_right_from_the_first_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:

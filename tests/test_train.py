@@ -28,6 +28,7 @@ from sr_dist import (
     gan,
     generators,
     images,
+    machine,
     models,
     remote,
     shard_reader,
@@ -435,7 +436,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int, by: float = math.nan) -
 
 def samples_of(recipe: Path, step: int) -> tuple[shards.Index, list[str]]:
     index = shards.read_index(load(recipe).data.train)
-    plan = shards.make_plan(index, seed=0, global_batch_size=8, crops_per_image=1, crop_size=48)
+    plan = shards.make_plan(index, seed=0, global_batch_size=8, crops_per_image=1, crop_size=32)
     return index, finite._names(index, plan, step - 1, storage.DEFAULT)
 
 
@@ -559,11 +560,13 @@ def test_command_refuses_in_one_message(recipe: Path) -> None:
 
 def test_bf16(recipe: Path, tmp_path: Path) -> None:
     for precision in ("no", "bf16"):
-        succeed(
+        done = succeed(
             *("launch/train.py", "--config", recipe, f"run.name=in_{precision}"),
             *(f"train.mixed_precision={precision}", "train.epochs=1", "train.warmup_images=0"),
             "data.crop_size=32",
         )
+    emulates = not machine.has_bf16(torch.device("cpu"))
+    assert ("emulates it, many times slower" in done.stderr) == emulates
     exact, _ = saved(tmp_path / "runs" / "in_no")
     rounded, _ = saved(tmp_path / "runs" / "in_bf16")
     differences = [
@@ -683,7 +686,7 @@ def test_settings_reach_the_step_and_the_stream(
     variations = [objective.total_variation_weight for objective, *_ in steps]
     assert variations[:3] == [0, 0, 0.25]
     (made,) = streams
-    assert (made["bits"], made["on_error"], made["crop_size"]) == (12, "skip", 48)
+    assert (made["bits"], made["on_error"], made["crop_size"]) == (12, "skip", 32)
     worse = made["degradation"]
     assert (worse.noise_sigma, worse.jpeg_quality) == ((1, 2), (30, 40))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sr_dist import images, models, upscale
+from sr_dist import images, machine, models, upscale
 from tests.generators import build, describe
 
 
@@ -92,12 +92,23 @@ def test_the_fastest_engine_is_near(
         return (result + offsets[engine]).clip(0, 255).astype(np.uint8)
 
     monkeypatch.setattr(upscale, "upscale", fake)
+    monkeypatch.setattr(machine, "has_bf16", lambda device: True)
     offsets["bf16"] = 1  # 48 dB
     chosen, why = upscale.fastest(generator(), picture, scale=4, channels=3)
     assert chosen == "bf16" and "48.1 dB" in why
     offsets["bf16"] = 2  # 42 dB
     chosen, why = upscale.fastest(generator(), picture, scale=4, channels=3)
     assert chosen == "fp32" and "42.1 dB" in why
+
+
+def test_bf16_is_not_tried_where_it_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, picture: images.Picture
+) -> None:
+    """Which takes twenty times as long as fp32."""
+    monkeypatch.setattr(machine, "has_bf16", lambda device: False)
+    monkeypatch.setattr(upscale, "upscale", None)
+    chosen, why = upscale.fastest(generator(), picture, scale=4, channels=3)
+    assert chosen == "fp32" and "does not compute in bf16" in why
 
 
 def test_a_prepared_generator_is_the_same_function(picture: images.Picture) -> None:

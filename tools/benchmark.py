@@ -23,7 +23,8 @@ step      pictures/s of a training step of Swift-SRGAN with all four losses. The
 data      crops/s of the loader, with one worker, from photographs of 1024x1024. The reference is
           the original scripts' loader, which decodes the whole picture for every crop.
 upscale   pictures/s of enlarging 256x256 to 1024x1024 and a 1920x1080 frame to 3840x2160. The
-          reference is the generator as it was published, and its trace. Peak memory at 4K and 8K.
+          reference is the generator as it was published, or its trace. Peak memory at 4K and 8K.
+          bf16 where the machine computes in it.
 scaling   pictures/s of two processes with one thread each against one, for both heads of the
           discriminator.
 curve     dB on pictures never trained on against minutes, of a recipe and of the original scripts'
