@@ -51,8 +51,10 @@ class Checkpoint:
         """The state dict of `generator`, `discriminator` or `ema`."""
         return safetensors.torch.load_file(self.folder / f"{name}.safetensors")
 
-    def has(self, name: str) -> bool:
-        return f"{name}.safetensors" in self.meta["sha256"]
+    def networks(self) -> set[str]:
+        """Which of those it holds."""
+        names = map(Path, self.meta["sha256"])
+        return {name.stem for name in names if name.suffix == ".safetensors"}
 
     def training(self) -> dict[str, Any]:
         values: dict[str, Any] = torch.load(
@@ -221,7 +223,7 @@ class Saver:
 
     def __init__(self, folder: Path, *, keep: int, best: str | None) -> None:
         self.folder, self.keep, self.best = folder, keep, best
-        self.began = time.monotonic()
+        self.restart_clock()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -241,7 +243,7 @@ class Saver:
             OSError: that one could not be written.
         """
         self.finish()
-        self.began = time.monotonic()
+        self.restart_clock()
         self.thread = threading.Thread(target=self._write, args=(held,), name="checkpoint")
         self.thread.start()
 
@@ -251,8 +253,11 @@ class Saver:
         except BaseException as error:
             self.error = error
 
+    def restart_clock(self) -> None:
+        self.began = time.monotonic()
+
     def is_due(self, every_minutes: float | None) -> bool:
-        """Whether the last one, or the run, began so long ago."""
+        """Whether the last one was begun, or the clock restarted, so long ago."""
         return every_minutes is not None and time.monotonic() - self.began >= 60 * every_minutes
 
     def check(self) -> None:

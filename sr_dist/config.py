@@ -1,7 +1,7 @@
 """The settings of a run: frozen dataclasses, read from YAML, written back as YAML.
 
 Every problem of a configuration is reported in one `UserError`, each with its dotted key, what was
-found, what was expected, and the nearest valid name. Only `launch/` and `train.py` import this
+found, what was expected, and the nearest valid name. Only `launch/` and `train/` import this
 module; everything else takes plain arguments.
 """
 

@@ -132,7 +132,7 @@ def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], d
         return *model_files.read_folder(path), str(path)
     if path.is_dir():
         found = checkpoint.find_in(path)
-        held = "ema" if found.has("ema") else "generator"
+        held = "ema" if "ema" in found.networks() else "generator"
         return found.weights(held), found.meta["generator"], str(path)
     if path.is_file() and path.suffix == model_files.SUFFIX:
         state, description = model_files.read_file(path)

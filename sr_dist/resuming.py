@@ -160,7 +160,9 @@ def position_of(start: checkpoint.Checkpoint, plan: shards.Plan) -> Position:
     """The checkpoint's, or under changed batches or crops the same share of its epoch."""
     then = start.meta["position"]
     share = then["step_in_epoch"] / then["steps_per_epoch"]
-    place = then["epochs"] * plan.steps_per_epoch + round(share * plan.steps_per_epoch)
+    # Of an epoch that has not ended, one step is left at least: its results come with it.
+    done = min(round(share * plan.steps_per_epoch), plan.steps_per_epoch - 1)
+    place = then["epochs"] * plan.steps_per_epoch + done
     unmeasured = then.get("unmeasured", False) and place % plan.steps_per_epoch == 0
     return Position(start.step, start.meta["images_seen"], place, unmeasured)
 
@@ -171,13 +173,13 @@ def restore(start: checkpoint.Checkpoint, processes: Processes, state: State) ->
     Raises:
         UserError: its weights do not fit.
     """
-    networks = state.networks
+    networks, held = state.networks, start.networks()
     for name, module in networks.weights.items():
         # An average that the run did not keep before starts from the generator.
-        held = name if start.has(name) else "generator"
-        weights.load(module, start.weights(held), str(start.folder))
+        source = name if name in held else "generator"
+        weights.load(module, start.weights(source), str(start.folder))
     saved = start.training()
-    if all(start.has(name) for name in networks.weights):
+    if networks.weights.keys() == held:
         processes.set_buffers(networks.weights.values(), saved["buffers"].to(processes.device))
     for name, optimizer in networks.optimizers.items():
         optimizer.load_state_dict(saved["optimizers"][name])

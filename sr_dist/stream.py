@@ -6,12 +6,16 @@ gives from step t on, on any number of ranks and workers (see `shards`).
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import resource
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +53,10 @@ class Encoded(NamedTuple):
 
 
 class DataError(UserError):
-    """A shard that does not hold what its index says."""
+    """A shard that does not hold what its index says, or a loader that ended."""
+
+
+_Item = Batch | Encoded | DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,7 @@ class CropStream(IterableDataset[Any]):
     settings: storage.Settings = storage.DEFAULT
     decode: str = "cpu"  # or nvjpeg: JPEGs are left for the device to decode
 
-    def __iter__(self) -> Iterator[Batch | Encoded | DataError]:
+    def __iter__(self) -> Iterator[_Item]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         rows = shards.rows_of_worker(
@@ -300,11 +307,13 @@ class _Reader:
         return DataError(f"shard {address}{said}" + advice * (self.stream.on_error == "stop"))
 
 
-def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[Batch | Encoded]:
+def batches(
+    stream: CropStream, num_workers: int, pin_memory: bool
+) -> Generator[Batch | Encoded, None, None]:
     """This rank's batches: one from the rows that each of its loader workers makes.
 
     Raises:
-        DataError: a shard is damaged.
+        DataError: a shard is damaged, or a worker was killed.
     """
     per_rank = stream.plan.global_batch_size // stream.world_size
     num_workers = min(num_workers, per_rank)
@@ -315,11 +324,15 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_one_thread,
     )
+    others = set(multiprocessing.active_children())
     parts = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
+    at_exit = functools.partial(_kill, workers)
+    atexit.register(at_exit)
     try:
         for _ in range(stream.first_step, stream.last_step):
             # Workers take turns, so consecutive items are the parts of one batch.
-            rows = [_checked(next(parts)) for _ in range(max(1, num_workers))]
+            rows = [_checked(_next(parts, workers)) for _ in range(max(1, num_workers))]
             batch = _joined(rows)
             if pin_memory and isinstance(batch, Batch):  # which the joining would undo
                 batch = batch._replace(lr=batch.lr.pin_memory(), hr=batch.hr.pin_memory())
@@ -328,6 +341,30 @@ def batches(stream: CropStream, num_workers: int, pin_memory: bool) -> Iterator[
         # Left to a traceback, the workers would be ended by the garbage collector, which closes
         # their queues first and then waits 5 s for each.
         del parts
+        # An error's traceback may hold on to them. At the end of the interpreter, multiprocessing
+        # would wait for ever for them to follow a SIGTERM, which they ignore.
+        if not any(worker.is_alive() for worker in workers):
+            atexit.unregister(at_exit)
+
+
+def _next(parts: Iterator[_Item], workers: set[BaseProcess]) -> _Item:
+    try:
+        return next(parts)
+    except (RuntimeError, ConnectionError, EOFError):  # where it met the end of the process
+        dead = connection.wait([worker.sentinel for worker in workers], timeout=5)
+        codes = {worker.exitcode for worker in workers if worker.sentinel in dead}
+        if not codes:
+            raise
+        raise DataError(
+            f"a loader worker ended with status {codes.pop()} (-9: killed, as by a system that "
+            "runs out of memory; fewer data.num_workers need less). Run the same command to go on "
+            "from the last checkpoint."
+        ) from None
+
+
+def _kill(workers: set[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _joined(rows: list[Batch | Encoded]) -> Batch | Encoded:
@@ -403,7 +440,7 @@ def on_device(
             yield ready
 
 
-def _checked(item: Batch | Encoded | DataError) -> Batch | Encoded:
+def _checked(item: _Item) -> Batch | Encoded:
     if isinstance(item, DataError):
         raise item
     return item

@@ -35,7 +35,7 @@ from tests.runs import assert_same_run  # noqa: E402
 PATIENCE = 120  # seconds for anything; a run that hangs fails here
 RECIPE = """
 run: {{name: {name}, output_dir: {folder}/runs, timeout_minutes: 0.5}}
-data: {{train: {folder}/shards, validation: {folder}/images/chelsea.png, crop_size: 48,
+data: {{train: {folder}/shards, validation: {folder}/images/chelsea.png, crop_size: 32,
   crops_per_image: 1, num_workers: 1}}
 model:
   generator: {{num_channels: 8, num_blocks: 1, global_skip: bicubic}}

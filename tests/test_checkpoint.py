@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_checkpoint_reads_back(tmp_path: Path) -> None:
     }
     found = checkpoint.find_newest(tmp_path)
     assert found is not None and found.step == 1000
-    assert found.has("ema") and not found.has("discriminator")
+    assert found.networks() == {"generator", "ema"}
     again = generator(0)
     again.load_state_dict(found.weights("generator"))
     assert_same(again, saved)
@@ -216,6 +217,17 @@ def test_a_course_counts_steps_pictures_and_epochs() -> None:
     assert [course.epoch(step) for step in (11, 12, 13, 18)] == [2, 2, 3, 3]
     assert [step for step in course.steps if course.ends_epoch(step)] == [12, 18]
     assert course.epochs_done == 1
+
+
+@pytest.mark.parametrize(("done", "place"), [(0, 8), (9, 10), (17, 11)])
+def test_a_changed_batch_leaves_an_epoch_its_last_step(
+    tmp_path: Path, done: int, place: int
+) -> None:
+    """Of 18 steps then and 4 now: the results of an epoch come with its last."""
+    position = {"epochs": 2, "step_in_epoch": done, "steps_per_epoch": 18}
+    start = checkpoint.Checkpoint(tmp_path, {"step": 7, "images_seen": 8, "position": position})
+    plan: Any = types.SimpleNamespace(steps_per_epoch=4)
+    assert resuming.position_of(start, plan) == resuming.Position(7, 8, place)
 
 
 def test_a_course_makes_up_for_an_evaluation_first() -> None:

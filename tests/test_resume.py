@@ -21,6 +21,7 @@ import torch
 
 from sr_dist import (
     checkpoint,
+    distributed,
     gan,
     generators,
     images,
@@ -51,29 +52,27 @@ from tests.runs import (
 from tests.streams import read_batches
 
 
-@pytest.mark.parametrize("stopped_at", [3, 19, 22, 31], ids=lambda step: f"step {step}")
-def test_a_stopped_run_ends_bit_identical(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
-) -> None:
+def test_a_stopped_run_ends_bit_identical(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One before its first checkpoint, and one in step 11, again in 19, and again in 31."""
     settings = ("checkpoint.every_steps=4", "optimizer.generator.schedule=cosine")
     unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
-    stop_at(monkeypatch, stopped_at)
-    with pytest.raises(KeyboardInterrupt):
-        train.run(load(recipe, *settings, "run.name=stopped"))
-    monkeypatch.undo()
-    again = train.run(load(recipe, *settings, "run.name=stopped"))
-
-    expected, expected_meta = saved(unbroken.folder)
-    found, found_meta = saved(again.folder)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-    assert rows(again.folder) == rows(unbroken.folder)
-    assert again.means == unbroken.means
-    one, other = scalars(unbroken.folder), scalars(again.folder)
-    for tag in one:
-        if not tag.startswith(("speed/", "memory/")):
-            assert other[tag] == one[tag], f"{tag}: no point is lost or doubled"
+    for name, stops in (("early", [3]), ("late", [11, 19 - 8, 31 - 18])):
+        for stop in stops:  # counted from the checkpoint that it goes on from
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                stop_at(patch, stop)
+                train.run(load(recipe, *settings, f"run.name={name}"))
+        again = train.run(load(recipe, *settings, f"run.name={name}"))
+        expected, _ = saved(unbroken.folder)
+        found, _ = saved(again.folder)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), key
+        assert rows(again.folder) == rows(unbroken.folder)
+        assert again.means == unbroken.means
+        one, other = scalars(unbroken.folder), scalars(again.folder)
+        for tag in one:
+            if not tag.startswith(("speed/", "memory/")):
+                assert other[tag] == one[tag], f"{tag}: no point is lost or doubled"
 
 
 @pytest.mark.parametrize(
@@ -148,12 +147,19 @@ def test_a_stop_in_an_evaluation_is_made_up_for(
 
 
 def test_a_complete_run_says_so_and_can_be_prolonged(
-    recipe: Path, caplog: pytest.LogCaptureFixture
+    recipe: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train.run(load(recipe))
     before, _ = saved(first.folder)
-    with caplog.at_level("INFO"):
+    averages, real = [], distributed.Processes.averaged_buffers
+    with caplog.at_level("INFO"), monkeypatch.context() as patch:
+        patch.setattr(
+            distributed.Processes,
+            "averaged_buffers",
+            lambda *given: averages.append(1) or real(*given),
+        )
         again = train.run(load(recipe))
+    assert averages, "ranks whose BatchNorm differs measure the network that was saved"
     assert "has its 2 epochs; raise train.epochs" in caplog.text
     assert again.means == first.means
     after, _ = saved(first.folder)
@@ -161,11 +167,13 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
     assert len(rows(first.folder)) == 2
     caplog.clear()
     with caplog.at_level("INFO"):
-        train.run(load(recipe, "train.epochs=3", "optimizer.generator.learning_rate=1e-4"))
+        changed = ("optimizer.generator.learning_rate=1e-4", "train.ema_half_life=0")
+        train.run(load(recipe, "train.epochs=3", *changed))
     changes = [message for message in caplog.messages if message.startswith("changed since")]
     assert changes == [
         "changed since: optimizer.generator.learning_rate was 0.001, is 0.0001",
         "changed since: train.epochs was 2, is 3",
+        "changed since: train.ema_half_life was 40.0, is 0.0",
     ]
     assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2", "3"]
     settings = (first.folder / "config.yaml").read_text()
@@ -467,6 +475,34 @@ def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
         r"stopped by SIGINT at step \d+ of 900; the same command goes on from there", said
     )
     assert "going on from" in succeed("launch/train.py", "--config", recipe).stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
+    """As by a system that runs out of memory; its fellows, which ignore SIGTERM, end too."""
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
+    with subprocess.Popen(
+        [*command, "train.epochs=50", "loss.content.weight=0", "data.num_workers=2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as running:
+        try:
+            assert running.stderr is not None
+            assert any(line.startswith("epoch 1/") for line in running.stderr)
+            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            workers = [
+                c for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes()
+            ]
+            assert len(workers) == 2
+            os.kill(int(workers[0]), signal.SIGKILL)
+            _, said = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    # torch says so itself where the signal of the death comes before the loss of the connection.
+    told = {1: "is killed by signal: Killed", 2: "a loader worker ended with status -9 (-9: killed"}
+    assert told[running.returncode] in said
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 @pytest.mark.multiprocess

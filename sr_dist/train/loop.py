@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -84,16 +85,23 @@ def run(config: Config, dry: bool = False, quiet: bool = False) -> Result | None
     ) as processes:
         saver = checkpoint.Saver(folder, keep=config.checkpoint.keep, best=config.checkpoint.best)
         with processes.watch.signals(), saver:
-            this = _build(config, processes, saver)
-            start, last = this.course.start, this.course.last_step
-            if start.step > last or (start.step == last and not start.unmeasured):
-                means = _measure_again(this)
-            else:
-                changes = _say_what_will_be_done(this)
-                batches = _batches(this)
-                if dry:
-                    return None
-                means = _train(this, batches, _tracker(this, changes), quiet)
+            return _run(config, processes, saver, dry, quiet)
+
+
+def _run(
+    config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool, quiet: bool
+) -> Result | None:
+    """`run`; nothing that it builds may outlive it (see `distributed.joined`)."""
+    this = _build(config, processes, saver)
+    start, last = this.course.start, this.course.last_step
+    if start.step > last or (start.step == last and not start.unmeasured):
+        means = _measure_again(this)
+    else:
+        changes = _say_what_will_be_done(this)
+        with _batches(this) as batches:
+            if dry:
+                return None
+            means = _train(this, batches, _tracker(this, changes), quiet)
     protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
     return Result(
         this.folder, means if processes.is_main else [], this.state.skipped.count, protocol
@@ -130,8 +138,9 @@ def _build(config: Config, processes: Processes, saver: checkpoint.Saver) -> _Ru
     if inputs.start is not None:
         position = resuming.position_of(inputs.start, inputs.plan)
         resuming.restore(inputs.start, processes, state)
-    first_step = torch.tensor(position.step, device=processes.device)
-    if processes.means({"first": first_step})["first"] != position.step:
+    step = torch.tensor(float(position.step), dtype=torch.float64, device=processes.device)
+    means = processes.means({"step": step, "square": step**2})
+    if (means["step"], means["square"]) != (position.step, position.step**2):
         raise UserError(
             f"rank {processes.rank} would go on from step {position.step}, others from elsewhere; "
             f"{saver.folder.parent} must lie on storage that all machines share"
@@ -187,10 +196,12 @@ def _measure_again(this: _Run) -> list[evaluate.Mean]:
     done = start.place // this.course.steps_per_epoch
     if this.processes.is_main:
         summary.say_that_it_is_done(this.folder, done)
-    if this.measures:
-        generator = this.state.networks.evaluated()
-        means = this.validation.run(generator, tracking.Silent(), done, start.step)
-    this.processes.wait_for_main("evaluated")
+    networks = this.state.networks
+    with this.processes.averaged_buffers(networks.weights.values()):
+        if this.measures:
+            tracker = tracking.Silent()
+            means = this.validation.run(networks.evaluated(), tracker, done, start.step)
+        this.processes.wait_for_main("evaluated")
     return means
 
 
@@ -211,8 +222,12 @@ def _say_what_will_be_done(this: _Run) -> list[str]:
     )
 
 
-def _batches(this: _Run) -> Iterator[stream.Batch]:
-    """This rank's batches, on its device, to the end of the last epoch; the first is read now."""
+@contextlib.contextmanager
+def _batches(this: _Run) -> Iterator[Iterator[stream.Batch]]:
+    """This rank's batches, on its device, to the end of the last epoch; the first is read now.
+
+    Its loader workers end with the block, whatever ends it.
+    """
     data, inputs, processes = this.config.data, this.inputs, this.processes
     batches = stream.batches(
         stream.CropStream(
@@ -234,9 +249,10 @@ def _batches(this: _Run) -> Iterator[stream.Batch]:
         num_workers=data.num_workers,
         pin_memory=processes.device.type == "cuda",
     )
-    on_device = stream.on_device(batches, processes.device, data.scale)
-    # Shards that cannot be read end it here. There is none where only an evaluation is left to do.
-    return itertools.chain(list(itertools.islice(on_device, 1)), on_device)
+    with contextlib.closing(batches):
+        on_device = stream.on_device(batches, processes.device, data.scale)
+        # Shards that cannot be read end it here. There is none where only an evaluation is to do.
+        yield itertools.chain(list(itertools.islice(on_device, 1)), on_device)
 
 
 def _tracker(this: _Run, changes: list[str]) -> tracking.Tracker:
@@ -266,6 +282,7 @@ def _train(
     start = this.inputs.start
     logged: Mapping[str, float] = {} if start is None else start.meta.get("logged", {})
     means: list[evaluate.Mean] = []
+    this.saver.restart_clock()
     for step in course.steps:
         processes.watch.begin(step)
         ends_epoch = course.ends_epoch(step)
