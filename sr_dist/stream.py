@@ -37,6 +37,27 @@ class Batch(NamedTuple):
     skipped: tuple[str, ...]  # samples that gave way to others, and why
 
 
+class _Packed(NamedTuple):
+    """A `Batch` on its way from a loader worker: plain arrays, which go through its pipe.
+
+    Tensors would go through shared memory, which costs more for crops than copying them does, and
+    is short in many containers.
+    """
+
+    lr: npt.NDArray[np.uint8]  # (B, H, W, C)
+    hr: npt.NDArray[np.uint8]
+    skipped: tuple[str, ...]
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Packed:
+        lr, hr = (each.permute(0, 2, 3, 1).contiguous().numpy() for each in batch[:2])
+        return cls(lr, hr, batch.skipped)
+
+    def unpacked(self) -> Batch:
+        lr, hr = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in self[:2])
+        return Batch(lr, hr, self.skipped)
+
+
 class EncodedCrop(NamedTuple):
     """A crop of a JPEG that has not been decoded."""
 
@@ -56,16 +77,16 @@ class DataError(UserError):
     """A shard that does not hold what its index says, or a loader that ended."""
 
 
-_Item = Batch | Encoded | DataError
+_Item = Batch | _Packed | Encoded | DataError
 
 
 @dataclasses.dataclass(frozen=True)
 class CropStream(IterableDataset[Any]):
     """Yields the rows of global steps `first_step` to `last_step` that belong to this worker.
 
-    Each item is a `Batch` (`Encoded` where `decode` is nvjpeg), or a `DataError` in place of
-    raising it: an exception that crosses processes loses its type. Make batches of them with
-    `batches`.
+    Each item is a `Batch` (`_Packed` in a loader worker, `Encoded` where `decode` is nvjpeg), or a
+    `DataError` in place of raising it: an exception that crosses processes loses its type. Make
+    batches of them with `batches`.
     """
 
     index: shards.Index
@@ -105,7 +126,8 @@ class CropStream(IterableDataset[Any]):
                     )
                 else:
                     lr = images.downscale(hr, self.scale)
-                yield Batch(lr, hr, reader.report())
+                batch = Batch(lr, hr, reader.report())
+                yield batch if info is None else _Packed.of(batch)
         except UserError as error:
             yield error if isinstance(error, DataError) else DataError(str(error))
 
@@ -323,6 +345,7 @@ def batches(
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_one_thread,
+        collate_fn=_as_it_is,  # which by default makes tensors of arrays
     )
     others = set(multiprocessing.active_children())
     parts = iter(loader)
@@ -443,6 +466,10 @@ def on_device(
 def _checked(item: _Item) -> Batch | Encoded:
     if isinstance(item, DataError):
         raise item
+    return item.unpacked() if isinstance(item, _Packed) else item
+
+
+def _as_it_is(item: Any) -> Any:
     return item
 
 
