@@ -39,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint",
         type=Path,
         metavar="FILE_OR_RUN",
-        help="a run's folder, a checkpoint's, a .pth.tar file, an exported model, or owner/name on "
-        "Hugging Face",
+        help="a run's folder, a checkpoint's, a .pth.tar file, an exported model, a model of the "
+        "package, or owner/name on Hugging Face",
     )
     source.add_argument(
         "--interpolate",

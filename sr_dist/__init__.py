@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 def load(path_or_repo: str | Path, revision: str | None = None) -> nn.Module:
     """A trained generator in evaluation mode, on the CPU: `sr = sr_dist.load("owner/name")(lr)`.
 
-    `path_or_repo`: a run's folder, one of its checkpoints, a `.pth.tar` in the published format, an
-    exported folder or `.safetensors` file, or a Hugging Face repository (`owner/name`; `revision`
-    is its branch, tag or commit).
+    `path_or_repo`: a model of the package (`swift_srgan_x4`), a run's folder, one of its
+    checkpoints, a `.pth.tar` in the published format, an exported folder or `.safetensors` file, or
+    a Hugging Face repository (`owner/name`; `revision` is its branch, tag or commit).
 
     `lr`: (N, C, H, W) float32 in [0, 1], RGB or gray; `sr`: (N, C, sH, sW), nominally in [0, 1],
     s being the generator's `scale`.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -266,7 +268,12 @@ def _content_weights(
         url = models.get_weight(kind.weights).url
         cache = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         try:
-            state = torch.hub.load_state_dict_from_url(url, progress=False, weights_only=True)
+            with contextlib.ExitStack() as stack:
+                if not cache.is_file():  # one of a machine's processes downloads
+                    cache.parent.mkdir(parents=True, exist_ok=True)
+                    lock = stack.enter_context(cache.with_suffix(".lock").open("w"))
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                state = torch.hub.load_state_dict_from_url(url, progress=False, weights_only=True)
         except Exception as error:  # urllib, sockets, TLS and file systems each raise their own
             raise UserError(
                 f"the content loss needs the weights of {network}, and downloading {url} "

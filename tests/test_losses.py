@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,7 @@ def test_content_weights_are_the_given_ones(
     else:
         state = torchvision.models.mobilenet_v2(weights=None).state_dict()
     if weights == "auto":
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: state)
     else:
         weights = str(tmp_path / "weights.pth")
@@ -214,6 +217,29 @@ def test_content_weights_from_a_file(tmp_path: Path) -> None:
     message = r"loss.content.weights: .*features.0.0.weight has shape \(1,\), the model's has"
     with pytest.raises(UserError, match=message):
         losses.content_features("mobilenet_v2", str(path))
+
+
+def test_content_weights_are_downloaded_by_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes of one machine share a cache, and so one download."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    state = torchvision.models.mobilenet_v2(weights=None).state_dict()
+    target = tmp_path / "hub" / "checkpoints" / "mobilenet_v2-b0353104.pth"
+    downloads = []
+
+    def download(*_: object, **__: object) -> dict[str, torch.Tensor]:
+        if not target.is_file():
+            downloads.append(1)
+            time.sleep(0.2)
+            target.write_bytes(b"")
+        return state
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda _: losses.content_features("mobilenet_v2", "auto"), range(4)):
+            pass
+    assert downloads == [1]
 
 
 def test_content_weights_that_cannot_be_downloaded(

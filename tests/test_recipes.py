@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,12 @@ def test_recipes_of_the_family_are_here() -> None:
     wanted = {"swift_srgan_x2", "swift_srgan_x4", "swift_srgan_x4_published", "swift_srgan_x8"}
     wanted |= {"srresnet_x4", "srgan_x4", "swift_srgan_x4_1024", "xray_x4", "quickstart"}
     assert wanted <= set(RECIPES)
+
+
+def test_every_recipe_is_in_the_list() -> None:
+    page = (REPOSITORY / "configs" / "README.md").read_text()
+    listed = page.partition("| recipe | trains |\n")[2].partition("\n\n")[0]
+    named = {
+        name for row in listed.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    assert named == {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")}

@@ -160,7 +160,7 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
         )
         again = train.run(load(recipe))
     assert averages, "ranks whose BatchNorm differs measure the network that was saved"
-    assert "has its 2 epochs; raise train.epochs" in caplog.text
+    assert "has its 2 epoch(s); raise train.epochs" in caplog.text
     assert again.means == first.means
     after, _ = saved(first.folder)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -180,7 +180,7 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
     caplog.clear()
     with caplog.at_level("INFO"):
         train.run(load(recipe, "train.epochs=1"))
-    assert "has its 3 epochs" in caplog.text
+    assert "has its 3 epoch(s)" in caplog.text
     assert (first.folder / "config.yaml").read_text() == settings, "left as it is"
 
 
@@ -280,7 +280,7 @@ def test_a_run_can_go_back_and_another_can_go_on(
     caplog.clear()
     with caplog.at_level("INFO"):
         train.run(load(recipe, *branch))
-    assert "branch has its 2 epochs" in caplog.text, "its own checkpoints come first"
+    assert "branch has its 2 epoch(s)" in caplog.text, "its own checkpoints come first"
     with pytest.raises(UserError, match="nowhere holds no whole checkpoint"):
         train.run(load(recipe, "run.name=x", "run.resume=nowhere"))
 

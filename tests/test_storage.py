@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import fsspec.implementations.http
 import numpy as np
 import pytest
 

@@ -100,6 +100,7 @@ def _run(
         changes = _say_what_will_be_done(this)
         with _batches(this) as batches:
             if dry:
+                summary.say_that_it_was_dry(this.folder)
                 return None
             means = _train(this, batches, _tracker(this, changes), quiet)
     protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)

@@ -80,7 +80,13 @@ def say(
 
 
 def say_that_it_is_done(folder: Path, epochs: int) -> None:
-    log.info("%s has its %d epochs; raise train.epochs to train it further", folder, epochs)
+    log.info("%s has its %d epoch(s); raise train.epochs to train it further", folder, epochs)
+
+
+def say_that_it_was_dry(folder: Path) -> None:
+    log.info(
+        "all is as it should be; the run would lie in %s, and nothing has been written", folder
+    )
 
 
 def _without_effect(config: Config, total_images: int) -> list[str]:
