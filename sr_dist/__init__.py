@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 
 
 def load(path_or_repo: str | Path, revision: str | None = None) -> nn.Module:
-    """A trained generator in evaluation mode, on the CPU: `sr = sr_dist.load("owner/name")(lr)`.
+    """A trained generator to use: `sr = sr_dist.load("owner/name")(lr)`.
+
+    On the CPU, in evaluation mode; its parameters want no gradients.
 
     `path_or_repo`: a model of the package (`swift_srgan_x4`), a run's folder, one of its
     checkpoints, a `.pth.tar` in the published format, an exported folder or `.safetensors` file, or
@@ -28,4 +30,4 @@ def load(path_or_repo: str | Path, revision: str | None = None) -> nn.Module:
     from sr_dist import generators  # here, so that `import sr_dist` does not load torch
 
     generator, _ = generators.load(path_or_repo, revision)
-    return generator
+    return generator.requires_grad_(False)

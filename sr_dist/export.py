@@ -193,9 +193,10 @@ def interpolate(
     (one, of_one), (other, of_other) = first, second
     for key in [*of_one, *(key for key in of_other if key not in of_one)]:
         if of_one.get(key) != of_other.get(key):
+            advice = "; launch/export.py --format safetensors folds BatchNorm" * (key == "norm")
             raise UserError(
                 f"only models of one architecture can be interpolated: {key} of the first is "
-                f"{of_one.get(key)}, of the second {of_other.get(key)}"
+                f"{of_one.get(key)}, of the second {of_other.get(key)}{advice}"
             )
     theirs = other.state_dict()
     result = copy.deepcopy(one)

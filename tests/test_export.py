@@ -100,6 +100,7 @@ def test_safetensors_open_in_one_line(
     for path in (tmp_path / "folder", tmp_path / "one.safetensors"):
         assert 0 <= export.write_safetensors(generator, description, path) <= 1e-5
         loaded = sr_dist.load(path)
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
         assert not loaded.training and difference(generator, loaded, channels) < 1e-5
         _, held = generators.load(path)
         assert held == {**description, "norm": "none"}
@@ -270,6 +271,9 @@ def test_interpolation_refuses() -> None:
     deep = describe(num_blocks=2)
     with pytest.raises(UserError, match="num_blocks of the first is 1, of the second 2"):
         export.interpolate(one, (build(deep), deep), 0.5)
+    plain = describe(norm="none")
+    with pytest.raises(UserError, match="norm of the first is batch, .* safetensors folds Batch"):
+        export.interpolate(one, (build(plain), plain), 0.5)
 
 
 def test_metrics_are_of_the_models_scale(tmp_path: Path) -> None:
