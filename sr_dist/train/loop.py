@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -55,6 +56,7 @@ class _Run:
     saver: checkpoint.Saver
     inputs: checks.Inputs
     objective: gan.Objective
+    optimizer: Mapping[str, Any]  # settings, for `gan.apply_settings`
     state: resuming.State
     course: resuming.Course
     measures: bool  # this rank, of the validation pictures
@@ -93,8 +95,7 @@ def _run(
 ) -> Result | None:
     """`run`; nothing that it builds may outlive it (see `distributed.joined`)."""
     this = _build(config, processes, saver)
-    start, last = this.course.start, this.course.last_step
-    if start.step > last or (start.step == last and not start.unmeasured):
+    if not this.course.steps:
         means = _measure_again(this)
     else:
         changes = _say_what_will_be_done(this)
@@ -154,7 +155,18 @@ def _build(config: Config, processes: Processes, saver: checkpoint.Saver) -> _Ru
     )
     measures = processes.is_main or config.evaluation.ranks == "all"
     validation = _validation(config, processes, inputs, measures)
-    return _Run(config, processes, saver, inputs, objective, state, course, measures, validation)
+    return _Run(
+        config,
+        processes,
+        saver,
+        inputs,
+        objective,
+        values_of["optimizer"],
+        state,
+        course,
+        measures,
+        validation,
+    )
 
 
 def _validation(
@@ -341,10 +353,7 @@ def _update(
     batch = next(batches)
     waited = time.perf_counter() - asked
     rates = gan.apply_settings(
-        state.networks,
-        dataclasses.asdict(this.config.optimizer),
-        images_seen,
-        this.course.total_images,
+        state.networks, this.optimizer, images_seen, this.course.total_images
     )
     scalars = gan.training_step(
         this.processes,
