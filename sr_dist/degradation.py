@@ -9,7 +9,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from sr_dist import images
+from sr_dist import images, tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +37,13 @@ def degrade(
     noise = random.uniform(*degradation.noise_sigma)
     low, high = degradation.jpeg_quality
     quality = low + int(random.random() * (high - low + 1))
-    batch = images.to_batch([np.ascontiguousarray(hr)])
+    batch = tensors.to_batch([np.ascontiguousarray(hr)])
     if blur > 0:
         from torchvision.transforms import functional as transforms  # at need: slow to import
 
         side = 2 * math.ceil(3 * blur) + 1
         batch = transforms.gaussian_blur(batch, [side, side], [blur, blur])
-    lr = images.to_pictures(images.downscale(batch, scale))[0]
+    lr = tensors.to_pictures(tensors.downscale(batch, scale))[0]
     grain = random.standard_normal(lr.shape)
     if noise > 0:
         lr = (lr + noise * grain).round().clip(0, 255).astype(np.uint8)

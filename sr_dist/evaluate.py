@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from sr_dist import images, metrics, shard_reader, shards, storage, upscale
+from sr_dist import images, metrics, shard_reader, shards, storage, tensors, upscale
 from sr_dist.errors import UserError
 
 Distance = Callable[[images.Picture, images.Picture], float]
@@ -123,7 +123,7 @@ def _pair_maker(
                 f"a multiple of {scale}"
             )
         if lr_folder is None:
-            lr = images.to_pictures(images.downscale(images.to_batch([hr]), scale))[0]
+            lr = tensors.to_pictures(tensors.downscale(tensors.to_batch([hr]), scale))[0]
         return Pair(name, np.ascontiguousarray(lr), np.ascontiguousarray(hr), deep)
 
     return pair

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sr_dist import images as pictures
-from sr_dist import losses, models, ranks
+from sr_dist import losses, models, ranks, tensors
 from sr_dist.distributed import Processes
 
 Scalars = dict[str, Tensor]  # detached, on the device
@@ -455,7 +454,7 @@ def apply_settings(
 
 
 def _on_device(batch: Tensor, device: torch.device) -> Tensor:
-    return pictures.to_float(batch.to(device, non_blocking=True))
+    return tensors.to_float(batch.to(device, non_blocking=True))
 
 
 def _to(module: nn.Module, device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""Pixel conventions: decode, encode, value range, colour, crop and the one downscale.
+"""Pixel conventions: decode, encode, bits, colour and crop.
 
 A picture on the CPU is a numpy array (H, W, C) uint8, RGB or one-channel gray; 16-bit gray is
 uint16 until it has been cropped. A batch is a tensor (N, C, H, W), uint8 in [0, 255] until it
-reaches the device, float32 in [0, 1] there.
+reaches the device, float32 in [0, 1] there (tensors.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torch.nn import functional as F
 
 from sr_dist import files
 from sr_dist.errors import UserError
@@ -310,13 +307,6 @@ class Crop(NamedTuple):
             crop = crop.transpose(1, 0, 2)
         return crop
 
-    def of_tensor(self, picture: Tensor) -> Tensor:
-        """(C, H, W) → (C, size, size), on the same device."""
-        crop = picture[:, self.top : self.top + self.size, self.left : self.left + self.size]
-        mirrored = [axis for axis, bit in ((2, 1), (1, 2)) if self.symmetry & bit]
-        crop = crop.flip(mirrored) if mirrored else crop
-        return crop.transpose(1, 2) if self.symmetry & 4 else crop
-
 
 def random_crop(height: int, width: int, size: int, random: np.random.Generator) -> Crop:
     """Anywhere in a picture of that size, which is `size` pixels or more on each side."""
@@ -331,74 +321,11 @@ def crop_to_multiple(picture: AnyPicture, scale: int) -> AnyPicture:
     return picture[: height - height % scale, : width - width % scale]
 
 
-def to_batch(pictures: list[Picture]) -> Tensor:
-    """Equal-sized pictures as (N, C, H, W) uint8, channels last in memory."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def to_pictures(batch: Tensor) -> list[Picture]:
-    """(N, C, H, W) uint8, or float in [0, 1] (clipped, rounded), as pictures."""
-    if batch.dtype != torch.uint8:
-        batch = to_uint8(batch)
-    return list(batch.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def to_float(batch: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float32 in [0, 1], channels last."""
-    return batch.to(torch.float32, memory_format=torch.channels_last) / 255
-
-
-def to_uint8(batch: Tensor) -> Tensor:
-    """Float in [0, 1] to uint8 in [0, 255]: clipped, rounded to nearest."""
-    return (batch.float().clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def downscale(hr: Tensor, scale: int) -> Tensor:
-    """LR from HR, the one way it is made: antialiased bicubic, within a level of Pillow's.
-
-    `hr`: (N, C, sH, sW) uint8. Returns (N, C, H, W) uint8.
-    """
-    height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
-    assert (height * scale, width * scale) == hr.shape[-2:], "HR must be a multiple of the scale"
-    if hr.device.type == "cpu":
-        return F.interpolate(hr, size=(height, width), mode="bicubic", antialias=True)
-    values = F.interpolate(hr.float(), size=(height, width), mode="bicubic", antialias=True)
-    return values.clamp(0, 255).round().to(torch.uint8)  # GPUs have it of floats alone
-
-
-def reduce(picture: Picture | DeepPicture, factor: int) -> Picture | DeepPicture:
-    """(H, W, C) to (H // factor, W // factor, C), antialiased bicubic; 16-bit gray keeps its depth.
-
-    The rows and columns beyond the last multiple are dropped.
-    """
-    if factor == 1:
-        return picture
-    whole = crop_to_multiple(picture, factor)
-    if whole.dtype == np.uint8:
-        return to_pictures(downscale(to_batch([whole]), factor))[0]  # type: ignore[list-item]
-    values = torch.from_numpy(whole.astype(np.float32)).permute(2, 0, 1)[None]
-    size = (values.shape[-2] // factor, values.shape[-1] // factor)
-    smaller = F.interpolate(values, size=size, mode="bicubic", antialias=True)
-    deep = smaller.clamp(0, np.iinfo(np.uint16).max).round()[0].permute(1, 2, 0).numpy()
-    return deep.astype(np.uint16)
-
-
 def enlarge(picture: Picture, scale: int, method: str) -> Picture:
     """(H, W, C) to (sH, sW, C) by one of `CLASSICAL_METHODS`, as Pillow does it."""
     height, width, _ = picture.shape
     image = to_pillow(picture).resize((width * scale, height * scale), CLASSICAL_METHODS[method])
     return np.asarray(image).reshape(height * scale, width * scale, -1)
-
-
-def luma(pictures: Tensor) -> Tensor:
-    """(N, C, H, W) RGB or gray in [0, 255] to BT.601 luma (N, 1, H, W) in [16, 235].
-
-    Gray is taken as three equal channels, so that it measures the same either way.
-    """
-    if pictures.shape[1] == 1:
-        return 16 + pictures * (219 / 255)
-    weights = pictures.new_tensor([65.481, 128.553, 24.966]) / 255
-    return 16 + (pictures * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 # Pillow's readers raise whatever damaged bytes provoke, from OSError to struct.error and TypeError;

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sr_dist import images, losses, weights
+from sr_dist import images, losses, tensors, weights
 from sr_dist.errors import UserError
 
 # The activations after the first convolution and after each group of fire modules that ends before
@@ -87,7 +87,7 @@ def build(
         if min(hr.shape[:2]) < LEAST:
             size = f"{hr.shape[1]}x{hr.shape[0]}"
             raise UserError(f"a picture has {size} pixels; LPIPS needs {LEAST} on each side")
-        pair = [images.to_float(images.to_batch([p]).to(device)) for p in (sr, hr)]
+        pair = [tensors.to_float(tensors.to_batch([p]).to(device)) for p in (sr, hr)]
         return float(module(*(p.expand(-1, 3, -1, -1) for p in pair)))
 
     return distance

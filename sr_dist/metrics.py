@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sr_dist import images
+from sr_dist import images, tensors
 
 SSIM_SIDE = 11
 SSIM_SIGMA = 1.5
@@ -73,9 +73,9 @@ def compare(
     squared, similar, channels = 0.0, 0.0, 0
     for top in range(0, height, _BAND):
         rows = slice(top, top + _BAND + beyond)  # what the windows of the band's rows see
-        pair = [images.to_batch([picture[rows]]).double() for picture in (sr, hr)]
+        pair = [tensors.to_batch([picture[rows]]).double() for picture in (sr, hr)]
         if colour == "y":
-            pair = [images.luma(picture) for picture in pair]
+            pair = [tensors.luma(picture) for picture in pair]
         a, b = (picture[:, :, :_BAND] for picture in pair)
         channels = a.shape[1]
         squared += float((a - b).square().sum())

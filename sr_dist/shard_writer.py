@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from sr_dist import files, images, shard_reader, shards, storage, tars
@@ -126,6 +125,7 @@ def write(
         raise UserError(f"{output} is a file; expected a folder, or nothing, there")
     if any(path.parent.resolve() == output.resolve() for path, _ in pictures):
         raise UserError(f"{output} holds pictures that are read; choose another --output")
+    _tar_writer()  # before workers of this machine are forked, so that none loads torch by itself
     run = functools.partial(_in_turn, executor)
     read = run(functools.partial(_probe, options), pictures)
     sources = list(progress(read, "reading", len(pictures)))
@@ -379,7 +379,7 @@ def _write_shard(job: _Job) -> dict[str, Any]:
     if samples:
         with (
             files.whole(target) as file,
-            webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar,
+            _tar_writer()(file, encoder=False, mtime=0, user="", group="") as tar,
         ):
             for place, number in enumerate(order.tolist()):
                 tar.write({"__key__": f"{job.first_key + place:09d}", **samples[number][0]})
@@ -406,6 +406,22 @@ def _offsets(tar: Path) -> list[int]:
         return [sample.offset for sample in tars.read_samples(file, passed_over=sys.maxsize)]
 
 
+def _tar_writer() -> Any:
+    import webdataset  # here: it loads torch, for which a mistake should not have to wait
+
+    return webdataset.TarWriter
+
+
+def _reduce(
+    picture: images.Picture | images.DeepPicture, factor: int
+) -> images.Picture | images.DeepPicture:
+    if factor == 1:
+        return picture
+    from sr_dist import tensors  # here, so that writing shards starts without torch otherwise
+
+    return tensors.reduce(picture, factor)
+
+
 def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, bytes], int]]:
     """Each tile's members and its shorter side.
 
@@ -419,7 +435,7 @@ def _samples(source: _Source, options: Options) -> Iterator[tuple[dict[str, byte
     picture = images.decode(data, options.channels)
     digest = hashlib.sha256(data).hexdigest()
     for reduction, tiles in source.tiles(options):
-        reduced = images.reduce(picture, reduction)
+        reduced = _reduce(picture, reduction)
         for top, left, height, width in tiles:
             if options.encode == "keep":
                 with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sr_dist import images, shard_reader, shards, storage, tars
+from sr_dist import images, shard_reader, shards, storage, tars, tensors
 from sr_dist.degradation import Degradation, degrade
 from sr_dist.errors import UserError
 
@@ -119,13 +119,13 @@ class CropStream(IterableDataset[Any]):
                 if self.decode == "nvjpeg":
                     yield Encoded(tuple(crop.hr for crop in crops), reader.report())
                     continue
-                hr = images.to_batch([crop.hr for crop in crops])
+                hr = tensors.to_batch([crop.hr for crop in crops])
                 if self.degradation.does_something:
-                    lr = images.to_batch(
+                    lr = tensors.to_batch(
                         [degrade(c.hr, self.scale, self.degradation, c.random) for c in crops]
                     )
                 else:
-                    lr = images.downscale(hr, self.scale)
+                    lr = tensors.downscale(hr, self.scale)
                 batch = Batch(lr, hr, reader.report())
                 yield batch if info is None else _Packed.of(batch)
         except UserError as error:
@@ -426,10 +426,11 @@ def decoded(batch: Encoded, device: torch.device, scale: int) -> Batch:
                 raise DataError(f"{crop.where} cannot be decoded: {reason}") from None
         raise
     cut = [
-        each.crop.of_tensor(picture) for each, picture in zip(batch.crops, pictures, strict=True)
+        tensors.crop(picture, each.crop)
+        for each, picture in zip(batch.crops, pictures, strict=True)
     ]
     hr = torch.stack(cut).contiguous(memory_format=torch.channels_last)
-    return Batch(images.downscale(hr, scale), hr, batch.skipped)
+    return Batch(tensors.downscale(hr, scale), hr, batch.skipped)
 
 
 def on_device(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sr_dist import images, machine, metrics, models
+from sr_dist import images, machine, metrics, models, tensors
 from sr_dist.models import folding
 
 ENGINES = ("fp32", "bf16")
@@ -55,7 +55,7 @@ def fastest(
             turns.append(time.perf_counter() - began)
         seconds[engine] = min(turns)
     gain = seconds["fp32"] / seconds["bf16"]
-    near = float(metrics.psnr(*(images.to_batch([results[each]]) for each in ENGINES)))
+    near = float(metrics.psnr(*(tensors.to_batch([results[each]]) for each in ENGINES)))
     chosen = "bf16" if gain > 1 and near >= _NEAR else "fp32"
     return chosen, f"{chosen}: bf16 is {gain:.1f} times as fast here, and {near:.1f} dB from fp32"
 
@@ -80,7 +80,7 @@ def upscale(
     whole = _Box(0, height, 0, width)
     for large in _tiles(whole, scale * tile):
         seen = large.grown(far + near, whole)
-        lr = images.to_float(images.to_batch([picture[seen.slices()]]).to(device))
+        lr = tensors.to_float(tensors.to_batch([picture[seen.slices()]]).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=engine == "bf16"):
             features = model.extract(lr)
             for small in _tiles(large, tile):
@@ -88,7 +88,7 @@ def upscale(
                 rows, columns = part.slices(seen)
                 sr = model.enlarge(features[..., rows, columns], lr[..., rows, columns])
                 rows, columns = small.slices(part, scale)
-                result[small.slices(scale=scale)] = images.to_pictures(sr[..., rows, columns])[0]
+                result[small.slices(scale=scale)] = tensors.to_pictures(sr[..., rows, columns])[0]
     return result
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from sr_dist import dataset, images, shard_writer, shards
-from tests import local_server
+from tests import local_server, runs
 from tests.helpers import SHARED
 
 # More threads than idle cores wait for each other at every layer; the networks here are tiny.
@@ -96,22 +98,48 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[local_server.Server]:
 
 @pytest.fixture
 def recipe(sharded: Path, photographs: Path, tmp_path: Path) -> Path:
-    """A small GAN that warms up for an epoch of 18 steps; random content features."""
-    (tmp_path / "chelsea.png").write_bytes((photographs / "chelsea.png").read_bytes())
-    (tmp_path / "val.txt").write_text("chelsea.png\n")
-    path = tmp_path / "recipe.yaml"
+    """A small GAN that warms up for an epoch of 18 steps.
+
+    Without content loss; `loss.content.weight=0.006` adds it, of random features.
+    """
+    return _write_recipe(tmp_path, sharded, photographs)
+
+
+@pytest.fixture(scope="session")
+def trained_on_two(
+    sharded: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The run of `recipe` by two processes that nothing disturbed.
+
+    Trained once for all of pytest's own processes.
+    """
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "trained_on_two"
+    place.mkdir(exist_ok=True)
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "done").exists():
+            runs.train_on_two(_write_recipe(place, sharded, photographs))
+            (place / "done").touch()
+    return place / "runs" / "small"
+
+
+def _write_recipe(folder: Path, sharded: Path, photographs: Path) -> Path:
+    (folder / "chelsea.png").write_bytes((photographs / "chelsea.png").read_bytes())
+    (folder / "val.txt").write_text("chelsea.png\n")
+    path = folder / "recipe.yaml"
     path.write_text(
         f"""
-run: {{name: small, output_dir: {tmp_path}/runs}}
+run: {{name: small, output_dir: {folder}/runs}}
 data:
-  {{train: {sharded}, validation: {tmp_path}/val.txt, crop_size: 32, crops_per_image: 1,
+  {{train: {sharded}, validation: {folder}/val.txt, crop_size: 32, crops_per_image: 1,
     num_workers: 1}}
 model:
   generator: {{num_channels: 8, num_blocks: 1, global_skip: bicubic}}
   discriminator: {{head: gap}}
 loss:
   pixel: {{kind: l1}}
-  content: {{weights: none}}
+  content: {{weights: none, weight: 0}}
   adversarial: {{kind: bce}}
 train: {{epochs: 2, global_batch_size: 8, warmup_images: 144, ema_half_life: 40}}
 tracking: {{log_every_steps: 4}}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sr_dist import images
+from sr_dist import images, tensors
 from sr_dist.degradation import Degradation, degrade
 
 
@@ -14,7 +14,7 @@ def run(picture: images.Picture, seed: int = 0, **ranges: tuple[float, float]) -
 
 
 def plain(picture: images.Picture) -> images.Picture:
-    return images.to_pictures(images.downscale(images.to_batch([picture]), 4))[0]
+    return tensors.to_pictures(tensors.downscale(tensors.to_batch([picture]), 4))[0]
 
 
 def test_nothing_asked_is_the_plain_downscale(picture: images.Picture) -> None:

@@ -27,7 +27,7 @@ def train_on(ranks: int, output: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.multiprocess
 def test_ranks_with_parts_of_a_batch_train_as_one_with_all_of_it(tmp_path: Path) -> None:
-    """2 × 4 rows and 4 × 2 = 1 × 8, after two GAN steps: G, D and the averaged G.
+    """2 × 2 rows and 4 × 1 = 1 × 4, after two GAN steps: G, D and the averaged G.
 
     Without BatchNorm, and with that of all ranks together.
     """

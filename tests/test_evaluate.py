@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import evaluate, generators, images, metrics, models, report, upscale
+from sr_dist import evaluate, generators, images, metrics, models, report, tensors, upscale
 from sr_dist.errors import UserError
 from tests.helpers import contents, refuse, succeed
 
@@ -26,8 +26,8 @@ def test_pairs_of_a_folder_are_cut_to_the_scale(photographs: Path) -> None:
     assert list(pairs) == ["astronaut.png", "chelsea.png", "coffee.png"]
     chelsea = pairs["chelsea.png"]
     assert chelsea.hr.shape == (300, 448, 3) and chelsea.lr.shape == (75, 112, 3)
-    lr = images.downscale(images.to_batch([chelsea.hr]), 4)
-    assert np.array_equal(images.to_pictures(lr)[0], chelsea.lr)
+    lr = tensors.downscale(tensors.to_batch([chelsea.hr]), 4)
+    assert np.array_equal(tensors.to_pictures(lr)[0], chelsea.lr)
 
 
 def test_pairs_of_a_list_a_file_and_shards(
@@ -84,8 +84,8 @@ def test_lr_pictures_of_nested_folders_are_those_of_their_place(
     pairs = read(tmp_path / "hr", lr_folder=tmp_path / "lr")
     assert [pair.name for pair in pairs] == ["a/1.png", "b/1.png"]
     for pair in pairs:
-        made = images.downscale(images.to_batch([pair.hr]), 4)
-        assert np.array_equal(pair.lr, images.to_pictures(made)[0])
+        made = tensors.downscale(tensors.to_batch([pair.hr]), 4)
+        assert np.array_equal(pair.lr, tensors.to_pictures(made)[0])
 
 
 def test_pictures_that_cannot_be_measured(tmp_path: Path) -> None:

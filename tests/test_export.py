@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import sr_dist
-from sr_dist import checkpoint, export, generators, images, model_card
+from sr_dist import checkpoint, export, generators, images, model_card, tensors
 from sr_dist.errors import UserError
 from sr_dist.models import folding
 from tests.generators import FAMILIES, build, describe, difference
@@ -119,7 +119,7 @@ def test_published_weights_in_every_format(shared: Path, tmp_path: Path) -> None
     path = shared / "weights" / "swift_srgan_4x.pth.tar"
     generator, description = generators.load(path)
     photograph = images.decode(sorted((shared / "benchmarks/Set5/LR_bicubic/X4").iterdir())[0], 3)
-    lr = images.to_float(images.to_batch([photograph]))
+    lr = tensors.to_float(tensors.to_batch([photograph]))
     with torch.inference_mode():
         expected = generator(lr)
         for other in (folding.fold_batch_norm(generator), sr_dist.load(path)):

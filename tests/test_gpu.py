@@ -20,6 +20,7 @@ from sr_dist import (
     models,
     shard_writer,
     stream,
+    tensors,
     train,
     upscale,
 )
@@ -64,7 +65,7 @@ def build(processes: distributed.Processes, compiled: bool = False) -> gan.Netwo
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(1)
     hr = torch.randint(256, (4, 3, 48, 48), generator=random, dtype=torch.uint8)
-    return images.downscale(hr, 4), hr
+    return tensors.downscale(hr, 4), hr
 
 
 def test_steps_learn_without_waiting_for_the_device(processes: distributed.Processes) -> None:
@@ -118,7 +119,7 @@ def test_jpegs_are_decoded_there(photographs: Path, tmp_path: Path, device: torc
         assert mine.hr.device.type == "cuda"
         difference = (mine.hr.cpu().int() - theirs.hr.int()).abs().float()
         assert difference.mean() < 1
-        assert (mine.lr.cpu().int() - images.downscale(mine.hr.cpu(), 4).int()).abs().max() <= 1
+        assert (mine.lr.cpu().int() - tensors.downscale(mine.hr.cpu(), 4).int()).abs().max() <= 1
 
 
 @pytest.mark.slow

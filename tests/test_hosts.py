@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import REPOSITORY
 from tests.hosts import Hosts, two_hosts
-from tests.runs import assert_same_run, train_on_two, wait_for_step
+from tests.runs import assert_same_run, wait_for_step
 
 pytestmark = pytest.mark.multiprocess
 
@@ -27,16 +27,17 @@ def start_both(hosts: Hosts, *words: str | Path) -> list[subprocess.Popen[str]]:
     return [hosts.launch(number, worker, *words) for number in range(2)]
 
 
-def test_a_network_that_fails_loses_nothing(hosts: Hosts, recipe: Path, tmp_path: Path) -> None:
+def test_a_network_that_fails_loses_nothing(
+    hosts: Hosts, recipe: Path, tmp_path: Path, trained_on_two: Path
+) -> None:
     """Away for less than the timeout: nobody notices. For more: both say it, and start again."""
-    settings = ("train.epochs=1", "train.warmup_images=40", "checkpoint.every_steps=5")
-    train_on_two(recipe, "run.name=unbroken", *settings)
-    first, second = start_both(hosts, recipe, "run.name=cut", "run.timeout_minutes=0.15", *settings)
+    settings = ("checkpoint.every_steps=5", "run.timeout_minutes=0.15")
+    first, second = start_both(hosts, recipe, *settings)
     wait_for_step(first, 3)
     hosts.cut()
     time.sleep(3)
     hosts.mend()
-    wait_for_step(first, 12)
+    wait_for_step(first, 24)
     hosts.cut()
     time.sleep(12)
     hosts.mend()
@@ -46,4 +47,4 @@ def test_a_network_that_fails_loses_nothing(hosts: Hosts, recipe: Path, tmp_path
     assert "no sign of life from rank 1 for 9 s; run the same command" in said[0]
     if hosts.kind == "namespaces":  # elsewhere the second is halted, and sees an end to it
         assert "no answer for 9 s from the machine of rank 0" in said[1]
-    assert_same_run(tmp_path / "runs" / "unbroken", tmp_path / "runs" / "cut")
+    assert_same_run(trained_on_two, tmp_path / "runs" / "small")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from sr_dist import images
+from sr_dist import images, tensors
 
 
 def encoded(image: Image.Image, kind: str = "png", **options: object) -> bytes:
@@ -24,7 +24,7 @@ def encoded(image: Image.Image, kind: str = "png", **options: object) -> bytes:
 
 def test_downscale_is_within_a_level_of_pillow(photographs: Path) -> None:
     hr = images.decode(photographs / "astronaut.png", 3)[:480, :480]
-    ours = images.to_pictures(images.downscale(images.to_batch([hr]), 4))[0]
+    ours = tensors.to_pictures(tensors.downscale(tensors.to_batch([hr]), 4))[0]
     pillows = np.asarray(Image.fromarray(hr).resize((120, 120), Image.Resampling.BICUBIC))
     difference = np.abs(ours.astype(int) - pillows.astype(int))
     assert difference.max() <= 1
@@ -33,8 +33,8 @@ def test_downscale_is_within_a_level_of_pillow(photographs: Path) -> None:
 
 def test_downscale_does_not_depend_on_the_rest_of_the_batch(picture: images.Picture) -> None:
     other = np.ascontiguousarray(picture[::-1])
-    together = images.downscale(images.to_batch([picture, other]), 4)
-    alone = images.downscale(images.to_batch([other]), 4)
+    together = tensors.downscale(tensors.to_batch([picture, other]), 4)
+    alone = tensors.downscale(tensors.to_batch([other]), 4)
     assert torch.equal(together[1], alone[0])
 
 
@@ -118,7 +118,7 @@ def test_random_crop_takes_all_places_and_symmetries() -> None:
     for seed in range(600):
         crop = images.random_crop(5, 6, 4, np.random.default_rng(seed))
         crops.add(crop.of(picture).tobytes())
-        of_tensor = crop.of_tensor(torch.from_numpy(picture).permute(2, 0, 1))
+        of_tensor = tensors.crop(torch.from_numpy(picture).permute(2, 0, 1), crop)
         assert np.array_equal(of_tensor.permute(1, 2, 0).numpy(), crop.of(picture))
     expected = set()
     for top in range(2):
@@ -132,16 +132,16 @@ def test_random_crop_takes_all_places_and_symmetries() -> None:
 
 def test_luma_of_known_colours() -> None:
     colours = torch.tensor([[0.0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]])
-    values = images.luma(colours.T.reshape(1, 3, 1, 5)).flatten().tolist()
+    values = tensors.luma(colours.T.reshape(1, 3, 1, 5)).flatten().tolist()
     assert values == pytest.approx([16, 235, 81.481, 144.553, 40.966], abs=1e-3)
     gray = torch.tensor([[[[0.0, 99, 255]]]])
-    torch.testing.assert_close(images.luma(gray), images.luma(gray.expand(1, 3, 1, 3)))
+    torch.testing.assert_close(tensors.luma(gray), tensors.luma(gray.expand(1, 3, 1, 3)))
 
 
 def test_float_round_trip_and_clipping() -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    assert torch.equal(images.to_uint8(images.to_float(levels)), levels)
-    assert images.to_uint8(torch.tensor([-0.5, 1.7, 0.5]).view(1, 1, 1, 3)).tolist() == [
+    assert torch.equal(tensors.to_uint8(tensors.to_float(levels)), levels)
+    assert tensors.to_uint8(torch.tensor([-0.5, 1.7, 0.5]).view(1, 1, 1, 3)).tolist() == [
         [[[0, 255, 128]]]
     ]
 

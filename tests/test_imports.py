@@ -22,7 +22,8 @@ LEVELS = [
     {"remote"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},
-    {"models", "losses", "metrics", "shards", "degradation", "download"},
+    {"tensors", "models", "losses", "shards", "download"},
+    {"metrics", "degradation"},
     {"config", "model_files", "shard_reader"},
     {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale", "lpips"}
     | {"finite", "indexing"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 
-from sr_dist import images, lpips
+from sr_dist import images, lpips, tensors
 from sr_dist.errors import UserError
 
 torchmetrics_lpips = pytest.importorskip("torchmetrics.functional.image.lpips")
@@ -37,7 +37,7 @@ def test_agrees_with_torchmetrics(
     for strength in (3, 30):
         noisy = (picture + random.normal(0, strength, picture.shape)).clip(0, 255)
         noisy = noisy.round().astype(np.uint8)
-        pair = [images.to_float(images.to_batch([p])) for p in (noisy, picture)]
+        pair = [tensors.to_float(tensors.to_batch([p])) for p in (noisy, picture)]
         expected = theirs(*pair, normalize=True).item()
         assert ours(noisy, picture) == pytest.approx(expected, rel=1e-4)
         assert expected > 1e-4

@@ -12,7 +12,7 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from sr_dist import evaluate, images, metrics
+from sr_dist import evaluate, images, metrics, tensors
 from tests.helpers import REPOSITORY, SHARED, succeed
 
 
@@ -53,9 +53,9 @@ def test_bands_of_a_picture_measure_as_the_whole(height: int, colour: str, chann
     random = np.random.default_rng(height)
     hr = random.integers(0, 256, (height, 23, channels), np.uint8)
     sr = (hr + random.normal(0, 9, hr.shape)).clip(0, 255).astype(np.uint8)
-    whole = [images.to_batch([picture]).double() for picture in (sr, hr)]
+    whole = [tensors.to_batch([picture]).double() for picture in (sr, hr)]
     if colour == "y":
-        whole = [images.luma(picture) for picture in whole]
+        whole = [tensors.luma(picture) for picture in whole]
     expected = (metrics.psnr(*whole).item(), metrics.ssim(*whole).item())
     found = metrics.compare(sr, hr, colour=colour, border=0)
     assert found == pytest.approx(expected, rel=1e-12)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sr_dist import images, models
+from sr_dist import images, models, tensors
 from tests import plain_networks
 from tests.generators import build, describe
 
@@ -75,7 +75,7 @@ def test_output_without_skip_is_a_picture(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bicubic_skip_starts_as_pillows_bicubic(name: str, picture: images.Picture) -> None:
     generator = small(name, global_skip="bicubic")
-    sr = images.to_pictures(generator(images.to_float(images.to_batch([picture]))))[0]
+    sr = tensors.to_pictures(generator(tensors.to_float(tensors.to_batch([picture]))))[0]
     difference = sr.astype(int) - images.enlarge(picture, 4, "bicubic").astype(int)
     assert abs(difference).max() <= 1
 

@@ -42,6 +42,7 @@ from tests.runs import (
     full_disk,
     launch,
     load,
+    of_first_shard,
     rows,
     saved,
     scalars,
@@ -87,9 +88,8 @@ def test_a_stopped_run_of_other_networks_ends_bit_identical(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, model: tuple[str, ...]
 ) -> None:
     """Their kernels lie otherwise in memory than separable ones."""
-    first_shard = f"{load(recipe).data.train}/shard-{{000000..000000}}.tar"
     settings = (*model, "checkpoint.every_steps=4", "train.epochs=1", "train.warmup_images=0")
-    settings += ("data.crop_size=32", "train.global_batch_size=4", f"data.train={first_shard}")
+    settings += ("data.crop_size=32", "train.global_batch_size=4", of_first_shard(recipe))
     unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
     stop_at(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
@@ -399,7 +399,7 @@ def test_a_folder_that_may_not_be_written_to_any_more_stops_the_run(
     except subprocess.SubprocessError:
         pytest.skip("root here may not give up its right to write anywhere")
     worker = str(REPOSITORY / "tests" / "workers" / "slow_steps.py")
-    settings = ("train.epochs=1", "checkpoint.every_steps=4", "loss.content.weight=0")
+    settings = ("train.epochs=1", "checkpoint.every_steps=4")
     checkpoints = tmp_path / "runs" / "small" / "checkpoints"
     with subprocess.Popen(
         [sys.executable, worker, str(recipe), *settings],
@@ -424,7 +424,7 @@ def test_a_file_system_that_became_read_only_stops_the_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """As the kernel remounts one after errors of its disk: no folder can be made there."""
-    settings = ("train.epochs=1", "checkpoint.every_steps=4", "loss.content.weight=0")
+    settings = ("train.epochs=1", "checkpoint.every_steps=4")
     real = Path.mkdir
 
     def mkdir(self: Path, *words: Any, **options: Any) -> None:
@@ -455,7 +455,7 @@ def test_other_shards_of_the_same_number_of_samples_are_refused(
 
 def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
-    overrides = ["train.epochs=50", "loss.content.weight=0", "tracking.log_every_steps=1"]
+    overrides = ["train.epochs=50", "tracking.log_every_steps=1"]
     with subprocess.Popen(
         [*command, *overrides],
         stderr=subprocess.PIPE,
@@ -482,7 +482,7 @@ def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
     """As by a system that runs out of memory; its fellows, which ignore SIGTERM, end too."""
     command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
     with subprocess.Popen(
-        [*command, "train.epochs=50", "loss.content.weight=0", "data.num_workers=2"],
+        [*command, "train.epochs=50", "data.num_workers=2"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -507,8 +507,9 @@ def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_path: Path) -> None:
+    words = ("launch/train.py", "--config", recipe, of_first_shard(recipe))
     for epochs, launcher in ((1, TWO_PROCESSES), (2, ONE_PROCESS), (3, TWO_PROCESSES)):
-        done = launch(launcher, "launch/train.py", "--config", recipe, f"train.epochs={epochs}")
+        done = launch(launcher, *words, f"train.epochs={epochs}")
         assert done.returncode == 0, done.stderr
     assert "changed since: the number of processes was 1, is 2" in done.stderr
     assert [row["Epoch"] for row in rows(tmp_path / "runs/small")] == ["1", "2", "3"]
@@ -516,11 +517,12 @@ def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_pa
 
 
 @pytest.mark.multiprocess
-def test_saving_changes_nothing_of_the_training(recipe: Path, tmp_path: Path) -> None:
+def test_saving_changes_nothing_of_the_training(
+    recipe: Path, tmp_path: Path, trained_on_two: Path
+) -> None:
     """BatchNorm's statistics differ between ranks, which keep them; checkpoints hold the mean."""
-    train_on_two(recipe, "run.name=rarely")
-    train_on_two(recipe, "run.name=often", "checkpoint.every_steps=5")
-    assert_same_run(tmp_path / "runs/rarely", tmp_path / "runs/often")
+    train_on_two(recipe, "checkpoint.every_steps=5")
+    assert_same_run(trained_on_two, tmp_path / "runs/small")
 
 
 def start_ranks(number: int, recipe: Path, *overrides: str) -> list[subprocess.Popen[str]]:
@@ -541,24 +543,24 @@ def start_ranks(number: int, recipe: Path, *overrides: str) -> list[subprocess.P
 
 
 @pytest.mark.multiprocess
-def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(
+    recipe: Path, tmp_path: Path, trained_on_two: Path
+) -> None:
     """Stopped twice, by signals to one and the other rank: the run of one unbroken."""
-    settings = ("train.epochs=3", "train.warmup_images=72")
-    train_on_two(recipe, "run.name=unbroken", *settings)
     for number, rank, caught in (
         (signal.SIGUSR1, 1, 5),
         (signal.SIGTERM, 0, 25),
     ):
-        ranks = start_ranks(2, recipe, "run.name=stopped", *settings)
+        ranks = start_ranks(2, recipe)
         wait_for_step(ranks[rank], caught)
         ranks[rank].send_signal(number)
         said = [process.communicate(timeout=60)[1] for process in ranks]
         assert [process.returncode for process in ranks] == [75, 75], said
-        step = saved(tmp_path / "runs/stopped")[1]["step"]
-        assert f"at step {step} of 54; the same command goes on from there" in said[0]
-        assert caught <= step < 54 and "Traceback" not in said[0] + said[1]  # type: ignore
-    train_on_two(recipe, "run.name=stopped", *settings)
-    assert_same_run(tmp_path / "runs/unbroken", tmp_path / "runs/stopped")
+        step = saved(tmp_path / "runs/small")[1]["step"]
+        assert f"at step {step} of 36; the same command goes on from there" in said[0]
+        assert caught <= step < 36 and "Traceback" not in said[0] + said[1]  # type: ignore
+    train_on_two(recipe)
+    assert_same_run(trained_on_two, tmp_path / "runs/small")
 
 
 @pytest.mark.multiprocess
@@ -578,16 +580,14 @@ def test_a_killed_rank_is_named_by_the_others(recipe: Path, killed: int) -> None
 
 @pytest.mark.multiprocess
 def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
-    recipe: Path, tmp_path: Path
+    recipe: Path, tmp_path: Path, trained_on_two: Path
 ) -> None:
     """Under --max_restarts, one rank killed and later the other: the run of one unbroken."""
-    settings = ("checkpoint.every_steps=5", "train.warmup_images=72")
-    train_on_two(recipe, "run.name=unbroken", *settings)
     command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES), "--max_restarts", "2"]
     command += ["--monitor_interval", "0.5"]
     command += [str(REPOSITORY / "tests" / "workers" / "slow_steps.py"), str(recipe)]
     with subprocess.Popen(
-        [*command, "run.name=killed", *settings],
+        [*command, "checkpoint.every_steps=5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -600,7 +600,7 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
             os.kill(int(ranks[victim]), signal.SIGKILL)
         said = running.communicate(timeout=120)[1]
     assert running.returncode == 0, said
-    assert_same_run(tmp_path / "runs/unbroken", tmp_path / "runs/killed")
+    assert_same_run(trained_on_two, tmp_path / "runs/small")
 
 
 @pytest.mark.multiprocess

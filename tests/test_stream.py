@@ -11,7 +11,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from sr_dist import images, indexing, shard_reader, shard_writer, shards, stream, tars
+from sr_dist import images, indexing, shard_reader, shard_writer, shards, stream, tars, tensors
 from sr_dist.degradation import Degradation
 from sr_dist.errors import UserError
 from tests.streams import assert_equal, joined, read, read_batches, stream_of
@@ -22,7 +22,7 @@ def test_batches_are_uint8_channels_last_and_lr_is_the_downscaled_hr(sharded: Pa
         assert (lr.shape, hr.shape) == ((6, 3, 12, 12), (6, 3, 48, 48))
         assert lr.dtype == hr.dtype == torch.uint8
         assert hr.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(lr, images.downscale(hr, 4))
+        assert torch.equal(lr, tensors.downscale(hr, 4))
 
 
 def test_crops_are_those_that_the_plan_names(sharded: Path) -> None:
@@ -35,7 +35,7 @@ def test_crops_are_those_that_the_plan_names(sharded: Path) -> None:
             random = np.random.default_rng([3, 0, int(firsts[shard]) + sample, crop])
             picture = images.decode(data, 3)
             expected = images.random_crop(*picture.shape[:2], 48, random).of(picture)
-            assert np.array_equal(images.to_pictures(hr)[row], expected)
+            assert np.array_equal(tensors.to_pictures(hr)[row], expected)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -53,7 +53,7 @@ def test_jpegs_can_be_left_for_the_device_to_decode(
     assert len(found) == len(expected) == 6
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.hr.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(mine.lr, images.downscale(mine.hr, 4))
+        assert torch.equal(mine.lr, tensors.downscale(mine.hr, 4))
         difference = (mine.hr.int() - theirs.hr.int()).abs()
         assert difference.max() <= 3 and difference.float().mean() < 0.1
     crop = encoded[0].crops[0]

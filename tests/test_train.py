@@ -47,6 +47,7 @@ from tests.runs import (
     full_once,
     launch,
     load,
+    of_first_shard,
     rows,
     saved,
     scalars,
@@ -203,9 +204,7 @@ def test_a_discriminator_that_saturates_is_told_once(
 def test_evaluation_is_by_the_configured_protocol(
     recipe: Path, photographs: Path, colour: str
 ) -> None:
-    result = train.run(
-        load(recipe, "train.epochs=1", "loss.content.weight=0", f"evaluation.protocol={colour}")
-    )
+    result = train.run(load(recipe, "train.epochs=1", f"evaluation.protocol={colour}"))
     pairs = evaluate.read_pairs(str(photographs / "chelsea.png"), scale=4, channels=3)
     rows = evaluate.evaluate(
         {"bicubic": evaluate.classical("bicubic", 4)}, pairs, colour=colour, border=4
@@ -241,7 +240,7 @@ def test_a_failed_evaluation_is_made_up_for_and_takes_no_training_with_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it fails, each start ends with its error, and goes on from the same step."""
-    settings = ("loss.content.weight=0", "data.num_workers=0")
+    settings = "data.num_workers=0"
     unbroken = train.run(load(recipe, *settings, "run.name=unbroken"))
 
     def failing(*_: object, **__: object) -> None:
@@ -264,7 +263,7 @@ def test_a_failed_evaluation_is_made_up_for_and_takes_no_training_with_it(
 def test_a_disk_that_is_full_at_the_end_of_an_epoch_loses_nothing_of_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, file: str, every_epochs: int
 ) -> None:
-    settings = ("loss.content.weight=0", "data.num_workers=0", "train.epochs=2")
+    settings = ("data.num_workers=0", "train.epochs=2")
     settings += (
         "data.crop_size=32",
         f"evaluation.every_epochs={every_epochs}",
@@ -336,7 +335,7 @@ def test_shards_that_cannot_be_read_leave_no_run(
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(recipe: Path, tmp_path: Path) -> None:
-    done = succeed("launch/train.py", "--config", recipe, "--dry-run", "loss.content.weight=0")
+    done = succeed("launch/train.py", "--config", recipe, "--dry-run")
     assert not (tmp_path / "runs").exists()
     assert "1 process on cpu, precision no; 2,201 parameters" in done.stderr
     assert re.search(r"checkpoints of about [1-9]\d* MB, \d+ GB free", done.stderr)
@@ -348,7 +347,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(recipe: Path, tmp_pa
 def test_a_launcher_that_starts_one_process_where_several_were_wanted_is_found_out(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("launch/train.py", "--config", recipe, "--dry-run", "loss.content.weight=0")
+    words = ("launch/train.py", "--config", recipe, "--dry-run")
     script = str(REPOSITORY / words[0])
     two = ("accelerate", "launch", "--cpu", "--num_processes", "2", script, *words[1:])
     done = run(*two)
@@ -497,7 +496,7 @@ def test_what_was_left_out_before_does_not_stop_a_run_that_is_to_stop_at_once(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tolerant: str
 ) -> None:
     """The message of a stop recommends to change either. fp16 is but said to be: here is no GPU."""
-    settings = ("loss.adversarial.weight=0", "loss.content.weight=0", "train.epochs=1")
+    settings = ("loss.adversarial.weight=0", "train.epochs=1")
     settings += ("checkpoint.every_steps=6", "tracking.log_every_steps=2")
     with monkeypatch.context() as patch:
         poison(patch, 3)
@@ -539,7 +538,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(recipe: Path, tmp_pat
 def test_command_with_the_original_options(recipe: Path, tmp_path: Path) -> None:
     done = succeed(
         *("launch/train.py", "--config", recipe, "train.warmup_images=0", "--num_epochs", 1),
-        *("--batch_size", 4, "--upscale_factor", 2, "loss.content.weight=0"),
+        *("--batch_size", 4, "--upscale_factor", 2),
     )
     meta = saved(tmp_path / "runs" / "small")[1]
     assert meta["images_seen"] == 4 * meta["step"]  # type: ignore[operator]
@@ -560,12 +559,11 @@ def test_command_refuses_in_one_message(recipe: Path) -> None:
 
 
 def test_bf16(recipe: Path, tmp_path: Path) -> None:
-    first_shard = f"{load(recipe).data.train}/shard-{{000000..000000}}.tar"  # bf16 may be emulated
     for precision in ("no", "bf16"):
         done = succeed(
             *("launch/train.py", "--config", recipe, f"run.name=in_{precision}"),
             *(f"train.mixed_precision={precision}", "train.epochs=1", "train.warmup_images=0"),
-            f"data.train={first_shard}",
+            of_first_shard(recipe),  # bf16 may be emulated
         )
     emulates = not machine.has_bf16(torch.device("cpu"))
     assert ("emulates it, many times slower" in done.stderr) == emulates
@@ -699,6 +697,7 @@ def test_all_ranks_evaluate_to_the_same_numbers_as_one(
 ) -> None:
     """83 pictures on two ranks, of which three are shown; and one that a rank cannot measure."""
     settings = (f"data.validation={sharded}", "train.epochs=1", "evaluation.samples=3")
+    settings += (of_first_shard(recipe),)
     train_on_two(recipe, "run.name=main", *settings)
     train_on_two(recipe, "run.name=all", "evaluation.ranks=all", *settings)
     main, shared = (tmp_path / "runs" / name for name in ("main", "all"))
@@ -717,12 +716,13 @@ def test_all_ranks_evaluate_to_the_same_numbers_as_one(
         tmp_path / "val" / "3.png",
         recipe,
         f"data.validation={tmp_path}/val",
+        of_first_shard(recipe),
         "evaluation.ranks=all",
         "run.name=broken",
     )
     assert done.returncode != 0
     assert "3.png" in done.stderr and "another rank could not evaluate" in done.stderr
-    assert saved(tmp_path / "runs" / "broken")[1]["step"] == 18, "the training is kept"
+    assert saved(tmp_path / "runs" / "broken")[1]["step"] == 3, "the training is kept"
 
 
 @pytest.mark.multiprocess
@@ -730,7 +730,7 @@ def test_all_ranks_evaluate_to_the_same_numbers_as_one(
 def test_an_evaluation_may_take_longer_than_a_collective_waits(
     recipe: Path, tmp_path: Path, ranks: str
 ) -> None:
-    settings = ("run.timeout_minutes=0.1", "train.epochs=1", "loss.content.weight=0")
+    settings = ("run.timeout_minutes=0.1", "train.epochs=1", of_first_shard(recipe))
     settings += (f"evaluation.ranks={ranks}",)
     done = launch(TWO_PROCESSES, "tests/workers/slow_evaluation.py", 8, recipe, *settings)
     assert done.returncode == 0, done.stderr

@@ -11,13 +11,13 @@ import sys
 
 import torch
 
-from sr_dist import config, distributed, gan, images
+from sr_dist import config, distributed, gan, tensors
 
-single = images.to_float
-images.to_float = lambda batch: single(batch).double()
+single = tensors.to_float
+tensors.to_float = lambda batch: single(batch).double()
 torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
 torch.set_default_dtype(torch.float64)
-ROWS, STEPS, RATE = 8, 2, 1e-4
+ROWS, STEPS, RATE = 4, 2, 1e-4
 WITHOUT_BATCHNORM = ("none", {"name": "unet"}, False)
 # (settings of the loss, settings of the optimisers, parts of a batch, networks)
 WAYS = {

@@ -41,7 +41,7 @@ def main(processes: distributed.Processes) -> None:
         half_life=10,
     )
     loss = config.Loss(
-        content=config.Content(weights="none"),
+        content=config.Content(weight=0.0),
         adversarial=config.Adversarial(kind="bce", weight=0.1),
         total_variation=config.TotalVariation(weight=1e-3),
     )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks import measuring
-from sr_dist import generators, images, machine, metrics, models, upscale
+from sr_dist import generators, images, machine, metrics, models, tensors, upscale
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TILE = 128
@@ -63,7 +63,7 @@ def reference(job: Job) -> Iterator[Callable[[], object]]:
         if job.traced:
             warnings.simplefilter("ignore")  # torch.jit is deprecated, and was the published way
             run = torch.jit.trace(generator, lr.float() / 255, check_trace=False)
-        yield lambda: images.to_pictures(run(lr.float() / 255))
+        yield lambda: tensors.to_pictures(run(lr.float() / 255))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
@@ -110,14 +110,14 @@ def differences(job: Job, engines: list[str]) -> dict[str, float]:
         AssertionError: fp32 computes something else.
     """
     generator, picture = job.generator(), job.picture()
-    lr = images.to_float(images.to_batch([picture]))
+    lr = tensors.to_float(tensors.to_batch([picture]))
     with torch.inference_mode():
         greatest = float((upscale.prepare(generator, lr.device)(lr) - generator(lr)).abs().max())
     assert greatest <= _TOLERANCE, greatest
     if "bf16" not in engines:
         return {"fp32_greatest": greatest}
     pair = [
-        images.to_batch([upscale.upscale(generator, picture, scale=4, tile=TILE, engine=engine)])
+        tensors.to_batch([upscale.upscale(generator, picture, scale=4, tile=TILE, engine=engine)])
         for engine in upscale.ENGINES
     ]
     return {"fp32_greatest": greatest, "bf16_psnr_db": round(float(metrics.psnr(*pair)), 2)}
