@@ -92,7 +92,7 @@ def find_pictures(
                 if apart is None or apart not in path.resolve().parents
             ]
             if not inside:
-                raise UserError(f"{given} holds no pictures ({', '.join(images.SUFFIXES)})")
+                raise images.no_pictures(given)
             found += inside
         else:
             raise UserError(f"{given} does not exist; expected a folder of pictures or a picture")

@@ -212,7 +212,11 @@ def interpolate(
 
 def find_source(path: Path) -> model_card.Source:
     """What the files around a checkpoint say of its training; `path` as in `generators.load`."""
-    recipe = meta = None
+    recipe = meta = card = None
+    name = path.name.removesuffix(".pth.tar")
+    path = generators.located(path)
+    if model_files.is_folder(path) and (path / model_files.CARD).is_file():
+        card = (path / model_files.CARD).read_text(encoding="utf-8", errors="replace")
     if path.exists():
         path = path.absolute()
         for folder in (path, *path.parents[:2]):
@@ -221,7 +225,7 @@ def find_source(path: Path) -> model_card.Source:
                 break
     if path.is_dir() and not model_files.is_folder(path):
         meta = checkpoint.find_in(path).meta
-    return model_card.Source(path.name.removesuffix(".pth.tar"), recipe, meta)
+    return model_card.Source(name, recipe, meta, card)
 
 
 def read_metrics(path: Path, scale: int) -> dict[str, Any]:

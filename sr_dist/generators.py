@@ -62,10 +62,7 @@ def bits_of(path: Path) -> int | None:
         UserError: what `load` raises.
     """
     bits: object = None
-    path = _in_package(path)
-    repository = None if path.exists() else model_files.repository(path)
-    if repository is not None:
-        path = model_files.download(repository)
+    path = located(path)
     if path.suffix == model_files.SUFFIX and (path.parent / checkpoint.META).is_file():
         path = path.parent  # of a checkpoint's own file, which has no header, the checkpoint tells
     if model_files.is_folder(path) or path.suffix == model_files.SUFFIX:
@@ -146,6 +143,17 @@ def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], d
         ".pth.tar or .safetensors file, owner/name on Hugging Face, or a model of the package "
         f"({', '.join(shipped()) or 'none'})"
     )
+
+
+def located(path: Path) -> Path:
+    """Where what `load` takes lies on this machine; a repository is downloaded if it is not here.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
+    path = _in_package(path)
+    repository = None if path.exists() else model_files.repository(path)
+    return path if repository is None else model_files.download(repository)
 
 
 def _in_package(path: Path) -> Path:

@@ -12,6 +12,8 @@ import io
 import logging
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -59,19 +61,7 @@ def find(folder: Path, *, broken_links: bool = False) -> list[Path]:
     Raises:
         UserError: a name that a list of files cannot hold.
     """
-    found: list[Path] = []
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [
-            Path(place, name)
-            for name in names
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-        ]
+    found = [path for path in _files(folder) if path.suffix.lower() in SUFFIXES]
     for path in found:
         try:
             text = str(path.relative_to(folder)).encode("utf-8").decode()
@@ -80,6 +70,31 @@ def find(folder: Path, *, broken_links: bool = False) -> list[Path]:
         if len(text.splitlines()) != 1:
             raise UserError(f"{str(path)!r}: its name holds a line break; rename it")
     return sorted(path for path in found if path.is_file() or broken_links and not path.exists())
+
+
+def other_files(folder: Path) -> str:
+    """What `find` passes over below `folder`, as in "12 .dcm, 1 without"; empty for nothing."""
+    endings = Counter(path.suffix.lower() or "without" for path in _files(folder))
+    return ", ".join(f"{n} {each}" for each, n in endings.most_common() if each not in SUFFIXES)
+
+
+def no_pictures(folder: Path) -> UserError:
+    """The error for a folder in which `find` finds nothing."""
+    others = other_files(folder)
+    found = f"; by the endings of their names, its files are: {others}" if others else ""
+    return UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}){found}")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All below `folder` but what is hidden. Links are followed, each folder once."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def list_pictures(source: Path) -> list[tuple[Path, str]]:
@@ -94,7 +109,7 @@ def list_pictures(source: Path) -> list[tuple[Path, str]]:
         inside = find(source, broken_links=True)
         found = [(path, path.relative_to(source).as_posix()) for path in inside]
         if not found:
-            raise UserError(f"{source} holds no pictures ({', '.join(SUFFIXES)})")
+            raise no_pictures(source)
         return found
     if not source.exists():
         raise UserError(f"{source} does not exist; expected a folder of pictures or a list of them")

@@ -25,6 +25,7 @@ class Source:
     name: str
     recipe: Mapping[str, Any] | None = None  # the run's config.yaml
     meta: Mapping[str, Any] | None = None  # the checkpoint's meta.json
+    card: str | None = None  # the README.md of an exported model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,9 @@ def _training(facts: Facts) -> list[str]:
             "",
         ]
     for source in facts.sources:
+        if source.card is not None:
+            lines += [f"The card of {_plain(source.name)} says:", "", *_quoted(source.card), ""]
+            continue
         meta = source.meta or {}
         versions = meta.get("versions") or {}
         lines += [
@@ -136,6 +140,13 @@ def _training(facts: Facts) -> list[str]:
             recipe = yaml.safe_dump(_without_folders(kept), sort_keys=False, allow_unicode=True)
             lines += ["```yaml", recipe.rstrip(), "```", ""]
     return lines
+
+
+def _quoted(card: str) -> list[str]:
+    """What `write` says after the architecture; of another's card, all after its header."""
+    text = card.split("\n---\n", 1)[-1] if card.startswith("---\n") else card
+    text = text[max(text.find("\n## Data\n"), 0) :]
+    return [f"> {line}".rstrip() for line in text.strip().splitlines()]
 
 
 def _without_folders(value: Any) -> Any:

@@ -51,6 +51,11 @@ def test_make_dataset_refuses(tmp_path: Path) -> None:
     assert "nowhere does not exist" in refuse(*folder, "--input", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "empty holds no pictures (.jpg" in refuse(*folder, "--input", tmp_path / "empty")
+    for name in ("a.dcm", "sub/b.DCM", "LICENSE", ".hidden"):
+        (tmp_path / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scans" / name).touch()
+    message = refuse(*folder, "--input", tmp_path / "scans")
+    assert "by the endings of their names, its files are: 2 .dcm, 1 without" in message
     assert not output.exists()
 
 

@@ -379,6 +379,9 @@ def test_source_of_a_run_its_checkpoints_and_its_files(run: Path, tmp_path: Path
     published = export.find_source(run / "models" / "netG.pth.tar")
     assert published == model_card.Source("netG", recipe, None)
     assert export.find_source(tmp_path / "x.pth.tar") == model_card.Source("x")
+    shipped = export.find_source(Path("swift_srgan_x4"))
+    assert shipped.name == "swift_srgan_x4" and shipped.recipe is shipped.meta is None
+    assert shipped.card is not None and "\n- commit: e543158\n" in shipped.card
     other = Path(shutil.copytree(run, tmp_path / "small"))
     (other / "config.yaml").write_text("[")
     assert export.find_source(other) == model_card.Source("small", None, of_run.meta)

@@ -138,6 +138,13 @@ def test_a_folder_of_the_same_name_does_not_hide_the_library(tmp_path: Path) -> 
     assert "function load" in done.stdout, done.stderr
 
 
+def test_gathering_and_sharding_pictures_start_without_torch() -> None:
+    """Which takes ten times as long to load as all else that they need."""
+    names = "archives, dataset, indexing, shard_reader, shard_writer, shards, sources, web"
+    code = f"import sys; from sr_dist import {names}; print('torch' in sys.modules)"
+    assert succeed(sys.executable, "-c", code).stdout == "False\n"
+
+
 def test_the_version_is_that_of_the_installed_package() -> None:
     import sr_dist
 

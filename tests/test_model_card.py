@@ -81,3 +81,18 @@ def test_card_of_an_interpolation_names_both() -> None:
     sources = [model_card.Source("faithful"), model_card.Source("sharp")]
     card = model_card.write(describe(), 5, model_card.Facts("x", sources, alpha=0.3))
     assert "Interpolated: 0.7 of the weights of faithful and 0.3 of those of sharp." in card
+
+
+def test_card_of_what_was_made_of_exported_models_quotes_theirs() -> None:
+    facts = model_card.Facts("faithful", [model_card.Source("a")], data="Photographs | of mine.")
+    ours = model_card.write(describe(), 5, facts)
+    theirs = "---\nlicense: mit\n---\n# A model\n\nOf somebody else."
+    sources = [model_card.Source("faithful", card=ours), model_card.Source("sharp", card=theirs)]
+    card = model_card.write(describe(), 5, model_card.Facts("x", sources, alpha=0.3))
+    text = card.partition("those of sharp.\n\n")[2].partition("\n## Licence")[0]
+    lines = text.splitlines()
+    assert lines[:4] == ["The card of faithful says:", "", "> ## Data", ">"]
+    assert "> Photographs | of mine." in lines and "> - steps: unknown" in lines
+    theirs = ["> # A model", ">", "> Of somebody else."]
+    assert lines[-5:] == ["The card of sharp says:", "", *theirs]
+    assert "license: mit" not in card

@@ -69,6 +69,7 @@ def test_ones_own_pictures_are_trained_on_as_the_readme_says(
     pictures.mkdir(parents=True)
     for path in photographs.iterdir():
         (pictures / path.name).write_bytes(path.read_bytes())
+    (pictures / "scan.dcm").touch()
     smaller = (
         *("train.epochs=1", "data.crops_per_image=2", "data.crop_size=32", "data.num_workers=0"),
         *("train.global_batch_size=4", "model.generator.num_blocks=1", "loss.content.weight=0"),
@@ -77,5 +78,7 @@ def test_ones_own_pictures_are_trained_on_as_the_readme_says(
     for command in given[:4]:
         words = command.replace("~", str(tmp_path / "home")).split()[1:]
         more = smaller if words[0] == "launch/train.py" else ()
-        succeed(*words, *more, cwd=tmp_path, HOME=str(tmp_path / "home"))
+        done = succeed(*words, *more, cwd=tmp_path, HOME=str(tmp_path / "home"))
+        if words[0] == "tools/make_dataset.py":
+            assert "Pictures: not looked at, by the endings of their names: 1 .dcm" in done.stdout
     assert len(rows(tmp_path / "runs" / "swift_srgan_x4")) == 1

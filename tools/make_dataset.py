@@ -155,10 +155,20 @@ def collect(arguments: argparse.Namespace) -> None:
     result = dataset.collect(pictures, arguments.output, progress)
     for path, reason in result.rejects:
         print(f"left out: {path} {reason}")
+    if arguments.source == "folder":
+        say_what_was_passed_over(arguments.input)
     print(
         f"{arguments.output}: {result.copied} copied, {result.present} there already, "
         f"{result.duplicates} duplicate(s) dropped, {len(result.rejects)} left out"
     )
+
+
+def say_what_was_passed_over(inputs: list[Path]) -> None:
+    from sr_dist import images
+
+    for folder in inputs:
+        if others := images.other_files(folder):
+            print(f"{folder}: not looked at, by the endings of their names: {others}")
 
 
 def download(arguments: argparse.Namespace) -> None:
