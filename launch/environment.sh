@@ -25,6 +25,7 @@ fi
 wanted="$1 $(cat setup.cfg sr_dist/__init__.py | cksum)"
 if ! grep -qxsF "$wanted" .venv/installed; then
   echo "Installing sr_dist[$1] into .venv (PyTorch is large: minutes the first time)"
-  python -m pip install --quiet --disable-pip-version-check -e ".[$1]"
+  # Python compiles what is imported, a small part of it all, by itself.
+  python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[$1]"
   echo "$wanted" >> .venv/installed
 fi
