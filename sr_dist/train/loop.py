@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 from sr_dist import (
     checkpoint,
     distributed,
     evaluate,
-    files,
     finite,
     gan,
     generators,
-    lpips,
     metrics,
     resuming,
-    settings,
     stream,
     tracking,
-    weights,
 )
-from sr_dist.config import Config, to_yaml
-from sr_dist.degradation import Degradation
+from sr_dist.config import Config
 from sr_dist.distributed import Processes
-from sr_dist.errors import Stopped, UserError
-from sr_dist.train import checks, summary
-from sr_dist.validation import Interrupted, Validation
+from sr_dist.errors import Stopped
+from sr_dist.train import building, summary
+from sr_dist.train.building import Run
+from sr_dist.validation import Interrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +37,6 @@ class Result:
     means: list[evaluate.Mean]  # of the last evaluation: bicubic and the model; empty off rank 0
     skipped: int  # samples that gave way to others, over all ranks and the whole run
     protocol: dict[str, object]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """What the parts of a run share."""
-
-    config: Config
-    processes: Processes
-    saver: checkpoint.Saver
-    inputs: checks.Inputs
-    objective: gan.Objective
-    optimizer: Mapping[str, Any]  # settings, for `gan.apply_settings`
-    state: resuming.State
-    course: resuming.Course
-    measures: bool  # this rank, of the validation pictures
-    validation: Validation
-
-    @property
-    def folder(self) -> Path:
-        return self.saver.folder.parent
 
 
 def run(config: Config, dry: bool = False, quiet: bool = False) -> Result | None:
@@ -94,116 +66,23 @@ def _run(
     config: Config, processes: Processes, saver: checkpoint.Saver, dry: bool, quiet: bool
 ) -> Result | None:
     """`run`; nothing that it builds may outlive it (see `distributed.joined`)."""
-    this = _build(config, processes, saver)
+    this = building.build(config, processes, saver)
     if not this.course.steps:
         means = _measure_again(this)
     else:
         changes = _say_what_will_be_done(this)
-        with _batches(this) as batches:
+        with building.batches(this) as batches:
             if dry:
                 summary.say_that_it_was_dry(this.folder)
                 return None
-            means = _train(this, batches, _tracker(this, changes), quiet)
+            means = _train(this, batches, building.tracker(this, changes), quiet)
     protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
     return Result(
         this.folder, means if processes.is_main else [], this.state.skipped.count, protocol
     )
 
 
-def _build(config: Config, processes: Processes, saver: checkpoint.Saver) -> _Run:
-    """Everything, as the first step or the checkpoint has it."""
-    inputs = checks.check(config, processes, saver.folder)
-    processes.wait_for_main("checked")
-    values_of = dataclasses.asdict(config)
-    networks = gan.build_networks(
-        processes,
-        generator=inputs.identity["generator"],
-        discriminator=inputs.identity["discriminator"],
-        optimizer=values_of["optimizer"],
-        half_life=config.train.ema_half_life,
-        sync_batchnorm=config.train.sync_batchnorm,
-        compiled=config.train.compile,
-    )
-    objective = gan.build_objective(**values_of["loss"], device=processes.device)
-    # fp16 finds its loss scale by trying: it leaves out a step now and then.
-    tolerant = config.train.on_nonfinite == "skip" or processes.mixed_precision == "fp16"
-    state = resuming.State(
-        networks,
-        tracking.EpochMeans(processes.device),
-        tracking.Skipped(0),
-        finite.Nonfinite(processes.device, config.train.nonfinite_in_a_row if tolerant else 1),
-    )
-    position = resuming.Position()
-    if inputs.first_weights is not None:
-        for module in (networks.generator, networks.average):
-            weights.load(module, inputs.first_weights, str(config.train.start_from))
-    if inputs.start is not None:
-        position = resuming.position_of(inputs.start, inputs.plan)
-        resuming.restore(inputs.start, processes, state)
-    step = torch.tensor(float(position.step), dtype=torch.float64, device=processes.device)
-    means = processes.means({"step": step, "square": step**2})
-    if (means["step"], means["square"]) != (position.step, position.step**2):
-        raise UserError(
-            f"rank {processes.rank} would go on from step {position.step}, others from elsewhere; "
-            f"{saver.folder.parent} must lie on storage that all machines share"
-        )
-    course = resuming.Course(
-        position,
-        steps_per_epoch=inputs.plan.steps_per_epoch,
-        epochs=config.train.epochs,
-        batch_size=config.train.global_batch_size,
-    )
-    measures = processes.is_main or config.evaluation.ranks == "all"
-    validation = _validation(config, processes, inputs, measures)
-    return _Run(
-        config,
-        processes,
-        saver,
-        inputs,
-        objective,
-        values_of["optimizer"],
-        state,
-        course,
-        measures,
-        validation,
-    )
-
-
-def _validation(
-    config: Config, processes: Processes, inputs: checks.Inputs, measures: bool
-) -> Validation:
-    data, evaluation = config.data, config.evaluation
-    perceived = measures and evaluation.lpips is not None
-    numbers = itertools.count()
-
-    def total(values: torch.Tensor) -> torch.Tensor:
-        # Shares may take longer than a collective waits.
-        processes.wait_for_all(f"measured {next(numbers)}")
-        return processes.sum(values.to(processes.device)).cpu()
-
-    validation = Validation(
-        data=data.validation,
-        scale=data.scale,
-        channels=data.channels,
-        bits=data.bits,
-        reading=inputs.reading,
-        colour=evaluation.protocol,
-        tile=evaluation.tile,
-        samples=evaluation.samples,
-        lpips=lpips.build(Path(str(evaluation.lpips)), processes.device) if perceived else None,
-        interrupted=lambda: processes.watch.wants("stop"),
-    )
-    if evaluation.ranks == "main":
-        return validation
-    return dataclasses.replace(
-        validation,
-        rank=processes.rank,
-        ranks=processes.world_size,
-        total=total,
-    )
-
-
-def _measure_again(this: _Run) -> list[evaluate.Mean]:
+def _measure_again(this: Run) -> list[evaluate.Mean]:
     """Of a run that has its epochs; leaves its folder as it is."""
     start, means = this.course.start, []
     done = start.place // this.course.steps_per_epoch
@@ -218,7 +97,7 @@ def _measure_again(this: _Run) -> list[evaluate.Mean]:
     return means
 
 
-def _say_what_will_be_done(this: _Run) -> list[str]:
+def _say_what_will_be_done(this: Run) -> list[str]:
     """Returns the settings that a run which goes on has changed."""
     if not this.processes.is_main:
         return []
@@ -235,58 +114,8 @@ def _say_what_will_be_done(this: _Run) -> list[str]:
     )
 
 
-@contextlib.contextmanager
-def _batches(this: _Run) -> Iterator[Iterator[stream.Batch]]:
-    """This rank's batches, on its device, to the end of the last epoch; the first is read now.
-
-    Its loader workers end with the block, whatever ends it.
-    """
-    data, inputs, processes = this.config.data, this.inputs, this.processes
-    batches = stream.batches(
-        stream.CropStream(
-            index=inputs.index,
-            plan=inputs.plan,
-            scale=data.scale,
-            channels=data.channels,
-            crop_size=data.crop_size,
-            bits=data.bits,
-            degradation=Degradation(**dataclasses.asdict(data.degradation)),
-            rank=processes.rank,
-            world_size=processes.world_size,
-            first_step=this.course.start.place,
-            last_step=this.course.steps_per_epoch * this.course.epochs,
-            on_error=this.config.stream.on_error,
-            settings=inputs.reading,
-            decode=data.decode,
-        ),
-        num_workers=data.num_workers,
-        pin_memory=processes.device.type == "cuda",
-    )
-    with contextlib.closing(batches):
-        on_device = stream.on_device(batches, processes.device, data.scale)
-        # Shards that cannot be read end it here. There is none where only an evaluation is to do.
-        yield itertools.chain(list(itertools.islice(on_device, 1)), on_device)
-
-
-def _tracker(this: _Run, changes: list[str]) -> tracking.Tracker:
-    """From here on the run has a folder."""
-    if not this.processes.is_main:
-        return tracking.Silent()
-    text, start = to_yaml(this.config), this.course.start
-    this.folder.mkdir(parents=True, exist_ok=True)
-    files.write_whole(this.folder / "config.yaml", text)
-    tracker = tracking.Tracker(
-        this.folder,
-        first_step=start.step - start.unmeasured,
-        first_epoch=this.course.epochs_done,
-    )
-    if this.inputs.start is None or changes:
-        tracker.config(text, settings.flatten(yaml.safe_load(text)), start.step)
-    return tracker
-
-
 def _train(
-    this: _Run, batches: Iterator[stream.Batch], tracker: tracking.Tracker, quiet: bool
+    this: Run, batches: Iterator[stream.Batch], tracker: tracking.Tracker, quiet: bool
 ) -> list[evaluate.Mean]:
     """All steps. Returns the last evaluation."""
     config, processes, course, state = this.config, this.processes, this.course, this.state
@@ -344,7 +173,7 @@ def _train(
 
 
 def _update(
-    this: _Run, batches: Iterator[stream.Batch], progress: tracking.Progress, step: int
+    this: Run, batches: Iterator[stream.Batch], progress: tracking.Progress, step: int
 ) -> tuple[Mapping[str, torch.Tensor], dict[str, float]]:
     """One step of both networks: this rank's scalars, on the device, and the learning rates."""
     train, state, batch_size = this.config.train, this.state, this.course.batch_size
@@ -375,7 +204,7 @@ def _update(
     return scalars, {f"learning_rate/{name}": rate for name, rate in rates.items()}
 
 
-def _over_ranks(this: _Run, scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def _over_ranks(this: Run, scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Means of the scalars, and all skipped samples."""
     skipped = torch.tensor(float(this.state.skipped.count), device=this.processes.device)
     values = this.processes.means({**scalars, "data/skipped": skipped})
@@ -384,7 +213,7 @@ def _over_ranks(this: _Run, scalars: Mapping[str, torch.Tensor]) -> dict[str, fl
 
 
 def _settle(
-    this: _Run,
+    this: Run,
     tracker: tracking.Tracker,
     step: int,
     evaluates: bool,
@@ -436,7 +265,7 @@ def _settle(
 
 
 def _save(
-    this: _Run,
+    this: Run,
     now: resuming.Position,
     buffers: torch.Tensor,
     measured: list[evaluate.Mean],
@@ -453,7 +282,7 @@ def _save(
 
 
 def _end_epoch(
-    this: _Run,
+    this: Run,
     tracker: tracking.Tracker,
     epoch: int,
     epoch_sums: torch.Tensor,
@@ -484,7 +313,7 @@ def _evaluates(config: Config, epoch: int) -> bool:
     return epoch % config.evaluation.every_epochs == 0 or epoch == config.train.epochs
 
 
-def _work(this: _Run) -> tracking.Work:
+def _work(this: Run) -> tracking.Work:
     """What is left to do, for the time that it will take."""
     data, train, course = this.config.data, this.config.train, this.course
     cheap, dearer = train.warmup_images, 1.0
