@@ -298,9 +298,8 @@ def save(picture: Picture, path: Path, profile: bytes | None = None) -> None:
     `profile`: an ICC profile to store with it.
     """
     image_format = Image.registered_extensions()[path.suffix.lower()]
-    buffer = io.BytesIO()
-    to_pillow(picture).save(buffer, format=image_format, icc_profile=profile)
-    files.write_whole(path, buffer.getvalue())
+    with files.whole(path) as file:
+        to_pillow(picture).save(file, format=image_format, icc_profile=profile)
 
 
 class Crop(NamedTuple):

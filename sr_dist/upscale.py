@@ -66,8 +66,9 @@ def upscale(
 ) -> images.Picture:
     """(H, W, C) → (scale·H, scale·W, C), C being the generator's channels.
 
-    `tile`: the side of the tiles in which features are enlarged, LR pixels; the features themselves
-    are extracted in tiles `scale` times as large, which take as much memory. Each tile is computed
+    `tile`: features are enlarged in tiles of about as many LR pixels as a square of this side; the
+    features themselves are extracted in tiles with a side `scale` times as long, which take as much
+    memory. Each tile is computed
     with as much of its surroundings as the generator reaches for, so the result is that of the
     whole picture, up to rounding. `engine`: bf16 computes convolutions in it.
     """
@@ -78,17 +79,16 @@ def upscale(
     far, near = models.reach(generator)
     result = np.empty((scale * height, scale * width, channels), np.uint8)
     whole = _Box(0, height, 0, width)
-    for large in _tiles(whole, scale * tile):
-        seen = large.grown(far + near, whole)
+    for large, seen in _tiles(whole, scale * tile, far + near, whole):
         lr = tensors.to_float(tensors.to_batch([picture[seen.slices()]]).to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=engine == "bf16"):
             features = model.extract(lr)
-            for small in _tiles(large, tile):
-                part = small.grown(near, whole)
+            for small, part in _tiles(large, tile, near, whole):
                 rows, columns = part.slices(seen)
                 sr = model.enlarge(features[..., rows, columns], lr[..., rows, columns])
                 rows, columns = small.slices(part, scale)
                 result[small.slices(scale=scale)] = tensors.to_pictures(sr[..., rows, columns])[0]
+        del features  # before the next are made
     return result
 
 
@@ -100,14 +100,6 @@ class _Box(NamedTuple):
     left: int
     right: int
 
-    def grown(self, reach: int, within: _Box) -> _Box:
-        return _Box(
-            max(within.top, self.top - reach),
-            min(within.bottom, self.bottom + reach),
-            max(within.left, self.left - reach),
-            min(within.right, self.right + reach),
-        )
-
     def slices(self, of: _Box | None = None, scale: int = 1) -> tuple[slice, slice]:
         """Where it lies in an array that holds `of` (by default the whole), enlarged."""
         top, left = (of.top, of.left) if of else (0, 0)
@@ -117,11 +109,36 @@ class _Box(NamedTuple):
         )
 
 
-def _tiles(box: _Box, side: int) -> Iterator[_Box]:
-    """Parts of about equal size, none longer than `side`."""
-    for top, bottom in _stretches(box.top, box.bottom, side):
-        for left, right in _stretches(box.left, box.right, side):
-            yield _Box(top, bottom, left, right)
+def _tiles(box: _Box, side: int, margin: int, within: _Box) -> Iterator[tuple[_Box, _Box]]:
+    """Parts of `box`, and of each the part of `within` that is `margin` pixels larger.
+
+    No larger part has more pixels than that of a square of `side` has; of all such grids it is the
+    one that computes the least. All larger parts are of one size, moved inwards at the edges of
+    `within`: the memory of one is then what the next needs.
+    """
+    height, width = box.bottom - box.top, box.right - box.left
+    most = (side + 2 * margin) ** 2
+
+    def larger(length: int, parts: int, whole: int) -> int:
+        return min(math.ceil(length / parts) + 2 * margin, whole)
+
+    whole = within.bottom - within.top, within.right - within.left
+    grids = []  # (pixels computed, rows, columns)
+    for rows in range(1, math.ceil(height / side) + 1):
+        tall = larger(height, rows, whole[0])
+        widest = most // tall
+        if widest < min(whole[1], 2 * margin + 1):
+            continue
+        columns = 1 if widest >= whole[1] else math.ceil(width / (widest - 2 * margin))
+        wide = larger(width, columns, whole[1])
+        grids.append((rows * columns * tall * wide, rows, columns))
+    _, rows, columns = min(grids)
+    tall, wide = larger(height, rows, whole[0]), larger(width, columns, whole[1])
+    for top, bottom in _stretches(box.top, box.bottom, rows):
+        for left, right in _stretches(box.left, box.right, columns):
+            y = min(max(top - margin, within.top), within.bottom - tall)
+            x = min(max(left - margin, within.left), within.right - wide)
+            yield _Box(top, bottom, left, right), _Box(y, y + tall, x, x + wide)
 
 
 def upscale_any(
@@ -167,7 +184,6 @@ def gray_as_colour(
     return np.asarray(images.to_pillow(enlarged).convert("L"))[..., None]
 
 
-def _stretches(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
-    parts = math.ceil((stop - start) / most)
+def _stretches(start: int, stop: int, parts: int) -> Iterator[tuple[int, int]]:
     edges = [start + (stop - start) * part // parts for part in range(parts + 1)]
     return zip(edges, edges[1:], strict=False)

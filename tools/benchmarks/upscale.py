@@ -109,8 +109,8 @@ def differences(job: Job, engines: list[str]) -> dict[str, float]:
     Raises:
         AssertionError: fp32 computes something else.
     """
-    generator, picture = job.generator(), job.picture()
-    lr = tensors.to_float(tensors.to_batch([picture]))
+    generator, picture = job.generator().to(_device()), job.picture()
+    lr = tensors.to_float(tensors.to_batch([picture]).to(_device()))
     with torch.inference_mode():
         greatest = float((upscale.prepare(generator, lr.device)(lr) - generator(lr)).abs().max())
     assert greatest <= _TOLERANCE, greatest
