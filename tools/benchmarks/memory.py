@@ -114,10 +114,15 @@ def _write_shards(folder: Path, tile: int) -> Path:
 
 
 def _megabytes() -> float:
-    """Resident, of this process and those it started; what they share is counted once."""
+    """Resident, of this process and those it started; what they share is counted once.
+
+    Without the pages of files, libraries' that is: of those, other processes have their parts, and
+    come and go.
+    """
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     total = 0
     for pid in pids:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += sum(int(line.split()[1]) for line in text.splitlines() if line[:4] == "Pss:")
+        kinds = ("Pss_Anon:", "Pss_Shmem:")
+        total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(kinds))
     return total * 1024 / 1e6
