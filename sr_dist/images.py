@@ -74,8 +74,11 @@ def find(folder: Path, *, broken_links: bool = False) -> list[Path]:
 
 def other_files(folder: Path) -> str:
     """What `find` passes over below `folder`, as in "12 .dcm, 1 without"; empty for nothing."""
-    endings = Counter(path.suffix.lower() or "without" for path in _files(folder))
-    return ", ".join(f"{n} {each}" for each, n in endings.most_common() if each not in SUFFIXES)
+    endings = (path.suffix.lower() or "without" for path in _files(folder))
+    counts = Counter(ending for ending in endings if ending not in SUFFIXES)
+    named = [f"{count} {ending}" for ending, count in counts.most_common(5)]
+    others = counts.total() - sum(count for _, count in counts.most_common(5))
+    return ", ".join([*named, f"{others} others"] if others else named)
 
 
 def no_pictures(folder: Path) -> UserError:

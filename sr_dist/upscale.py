@@ -68,9 +68,9 @@ def upscale(
 
     `tile`: features are enlarged in tiles of about as many LR pixels as a square of this side; the
     features themselves are extracted in tiles with a side `scale` times as long, which take as much
-    memory. Each tile is computed
-    with as much of its surroundings as the generator reaches for, so the result is that of the
-    whole picture, up to rounding. `engine`: bf16 computes convolutions in it.
+    memory. Each tile is computed with as much of its surroundings as the generator reaches for, so
+    the result is that of the whole picture, up to rounding. `engine`: bf16 computes convolutions in
+    it.
     """
     assert tile > 0, "tiles have a side"
     height, width, channels = picture.shape

@@ -389,3 +389,19 @@ def test_list_pictures_of_folders_and_lists(tmp_path: Path, picture: images.Pict
         images.list_pictures(Path(sys.executable))
     with pytest.raises(ValueError, match="b.PNG is named as a picture; expected a folder, or a"):
         images.list_pictures(tmp_path / "b.PNG")
+
+
+def test_files_that_are_passed_over_are_counted_by_their_endings(tmp_path: Path) -> None:
+    for name in (
+        "a.dcm",
+        "sub/b.DCM",
+        "c",
+        "d.png",
+        ".hidden/e.dcm",
+        *(f"f.{n}" for n in range(9)),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    told = images.other_files(tmp_path)
+    assert told.startswith("2 .dcm, 1 ") and told.endswith(", 6 others")
+    assert len(told.split(", ")) == 6

@@ -3,10 +3,13 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from sr_dist import images, machine, models, upscale
@@ -50,6 +53,36 @@ def test_tiles_see_as_far_as_the_generator_reaches(
     (touched,) = torch.nonzero(gradient.abs().sum((0, 1, 2)), as_tuple=True)
     assert middle - int(touched.min()) <= reach and int(touched.max()) - middle <= reach
     assert max(middle - int(touched.min()), int(touched.max()) - middle) >= reach - 1
+
+
+@given(
+    *(st.integers(1, 400), st.integers(1, 400), st.integers(16, 96), st.sampled_from([2, 4])),
+    *(st.integers(1, 40), st.integers(0, 4)),
+)
+def test_tiles_cover_the_picture_and_see_enough(
+    height: int, width: int, tile: int, scale: int, far: int, near: int
+) -> None:
+    """Each pixel is of one tile; what a tile is computed of lies in what it was extracted from."""
+    whole, times = upscale._Box(0, height, 0, width), np.zeros((height, width), int)
+    larges = list(upscale._tiles(whole, scale * tile, far + near, whole))
+    for large, seen in larges:
+        assert_enough(large, seen, far + near, whole)
+        for small, part in upscale._tiles(large, tile, near, whole):
+            assert_enough(small, part, near, whole)
+            assert seen.top <= part.top and part.bottom <= seen.bottom
+            assert seen.left <= part.left and part.right <= seen.right
+            times[small.slices()] += 1
+    assert (times == 1).all()
+    shapes = {(seen.bottom - seen.top, seen.right - seen.left) for _, seen in larges}
+    assert len(shapes) == 1
+    assert math.prod(shapes.pop()) <= (scale * tile + 2 * (far + near)) ** 2
+
+
+def assert_enough(box: Any, seen: Any, margin: int, whole: Any) -> None:
+    assert whole.top <= seen.top <= max(box.top - margin, whole.top)
+    assert whole.left <= seen.left <= max(box.left - margin, whole.left)
+    assert min(box.bottom + margin, whole.bottom) <= seen.bottom <= whole.bottom
+    assert min(box.right + margin, whole.right) <= seen.right <= whole.right
 
 
 def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
