@@ -109,7 +109,7 @@ def recipe(sharded: Path, photographs: Path, tmp_path: Path) -> Path:
 def trained_on_two(
     sharded: Path, photographs: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The run of `recipe` by two processes that nothing disturbed.
+    """The run of `recipe` by two processes of `accelerate launch` that nothing disturbed.
 
     Trained once for all of pytest's own processes.
     """
@@ -119,7 +119,7 @@ def trained_on_two(
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (place / "done").exists():
-            runs.train_on_two(_write_recipe(place, sharded, photographs))
+            runs.train_on_two(_write_recipe(place, sharded, photographs), launched=True)
             (place / "done").touch()
     return place / "runs" / "small"
 

@@ -1,24 +1,137 @@
+"""Running the repository's commands as its users do, and looking at what they leave."""
+
 from __future__ import annotations
 
+import atexit
+import dataclasses
 import hashlib
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+Done = subprocess.CompletedProcess[str]
+
+# Also of all that the tests start: many run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Loading these takes a process more than four seconds of a processor, most of what a short training
+# takes. A server loads them once, and scripts run in forks of it; it loads nothing of the project.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    ["torch._dynamo", "torchvision", "accelerate", "torch.utils.tensorboard"]
+)
+
+
+@dataclasses.dataclass
+class Started:
+    """A script that runs in a process of its own; what it says goes to files."""
+
+    words: list[str]
+    process: BaseProcess
+    folder: tempfile.TemporaryDirectory[str]
+
+    def said(self, stream: str = "stdout") -> str:
+        path = Path(self.folder.name, stream)
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, line: str, stream: str = "stdout", timeout: float = 60) -> None:
+        """Until it says a line that begins so."""
+        deadline = time.monotonic() + timeout
+        while f"\n{line}" not in f"\n{self.said(stream)}":
+            assert self.process.exitcode is None, f"it ended before: {self.said('stderr')}"
+            assert time.monotonic() < deadline, f"in {timeout} s it never said {line!r}"
+            time.sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self, timeout: float = 60) -> Done:
+        """How it ended; it is killed where it does not."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise subprocess.TimeoutExpired(self.words, timeout, self.said(), self.said("stderr"))
+        return Done(self.words, self.process.exitcode, self.said(), self.said("stderr"))
+
+
+def start(
+    script: str | Path, *words: str | Path | float, cwd: Path | None = None, **environment: str
+) -> Started:
+    """A script of the repository, in a process that has PyTorch loaded already."""
+    given = [str(REPOSITORY / script), *map(str, words)]
+    folder = tempfile.TemporaryDirectory()
+    process = _forks.Process(
+        target=_become, args=(given, cwd or Path.cwd(), {**os.environ, **environment}, folder.name)
+    )
+    process.start()
+    return Started(given, process, folder)
+
+
+def _become(words: list[str], cwd: Path, environment: dict[str, str], folder: str) -> None:
+    """Run a script in this process as `python` does."""
+    multiprocessing.set_start_method(None, force=True)  # the system's own
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate((os.devnull, f"{folder}/stdout", f"{folder}/stderr")):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+def start_ranks(number: int, script: str | Path, *words: str | Path | float) -> list[Started]:
+    """The ranks of one run on the CPU, without a launcher above them, as Slurm starts them."""
+    common = {"WORLD_SIZE": str(number), "CUDA_VISIBLE_DEVICES": ""}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start(script, *words, **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(number)
+    ]
+
+
+def run_ranks(
+    number: int, script: str | Path, *words: str | Path | float, timeout: float = 240
+) -> Done:
+    """How the ranks of one run ended: the highest status, and what all of them said."""
+    ranks = start_ranks(number, script, *words)
+    try:
+        ended = [rank.end(timeout) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.process.kill()
+    worst = max((done.returncode for done in ended), key=abs)
+    return Done(
+        ranks[0].words,
+        worst,
+        "".join(done.stdout for done in ended),
+        "".join(done.stderr for done in ended),
+    )
 
 
 def run(
     *words: str | Path, cwd: Path | None = None, timeout: float = 120, **environment: str
-) -> subprocess.CompletedProcess[str]:
+) -> Done:
     """Run a command of the repository (`launch/…`, `tools/…`) with this Python, one thread."""
     given = [str(word) for word in words]
-    if given[0].endswith(".py"):
+    if given[0].endswith(".py") and not given[0].startswith("tools/"):
+        return start(*given, cwd=cwd, **environment).end(timeout)
+    if given[0].endswith(".py"):  # loads no PyTorch
         given = [sys.executable, str(REPOSITORY / given[0]), *given[1:]]
     elif given[0] == "accelerate":
         # The launcher is told where to find its script, since the tests run elsewhere.
@@ -29,7 +142,7 @@ def run(
         timeout=timeout,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
     )
 
@@ -45,7 +158,7 @@ def all_end(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[
     return said
 
 
-def succeed(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+def succeed(*words: str | Path, **options: object) -> Done:
     done = run(*words, **options)  # type: ignore[arg-type]
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     return done

@@ -35,7 +35,7 @@ class Hosts:
         command += ["--machine_rank", str(number), "--main_process_ip", self.addresses[0]]
         command += ["--main_process_port", str(self.port), "--mixed_precision", "no"]
         command += ["--max_restarts", "1", "--monitor_interval", "0.5"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         if self.kind == "namespaces":
             command = ["ip", "netns", "exec", self.names[number], *command]
             environment["GLOO_SOCKET_IFNAME"] = self.names[number]

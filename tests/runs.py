@@ -21,9 +21,8 @@ from sr_dist import (
     config,
     gan,
 )
-from tests.helpers import REPOSITORY, run
+from tests.helpers import REPOSITORY, Done, run, run_ranks
 
-Done = subprocess.CompletedProcess[str]
 TWO_PROCESSES = REPOSITORY / "launch" / "accelerate" / "cpu_2_processes.yaml"
 ONE_PROCESS = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
 
@@ -113,13 +112,14 @@ def launch(processes: Path, script: str | Path, *words: str | Path) -> Done:
 
 
 def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
-    """For what tests/workers/slow_steps.py says."""
+    """For what tests/workers/slow_steps.py says, under a launcher."""
     assert process.stdout is not None
     assert any(line.strip() == f"step {step}" for line in process.stdout), "it ended before"
 
 
-def train_on_two(recipe: Path, *overrides: str) -> Done:
-    done = launch(TWO_PROCESSES, "launch/train.py", "--config", recipe, *overrides)
+def train_on_two(recipe: Path, *overrides: str, launched: bool = False) -> Done:
+    words = ("launch/train.py", "--config", recipe, *overrides)
+    done = launch(TWO_PROCESSES, *words) if launched else run_ranks(2, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Run folder: ") == 1, "the result is said once"
     assert "Grad strides do not match" not in done.stderr, (

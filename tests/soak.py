@@ -71,7 +71,6 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=self.said,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import REPOSITORY, succeed
+from tests.helpers import run_ranks, succeed
 
-WORKERS = REPOSITORY / "tests" / "workers"
 # In double precision; each of two steps moves a weight by up to 1e-4.
 LARGEST = 1e-10
 
 
 def train_on(ranks: int, output: Path) -> dict[str, dict[str, torch.Tensor]]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc_per_node", str(ranks), str(WORKERS / "equal_steps.py"), str(output)]
-    succeed(*launcher, timeout=180)
+    done = run_ranks(ranks, "tests/workers/equal_steps.py", output)
+    assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, torch.Tensor]] = torch.load(output, weights_only=True)
     assert found.pop("world_size") == ranks  # type: ignore[comparison-overlap]
     return found

@@ -113,7 +113,6 @@ def test_the_file_for_several_machines_trains_on_two_launchers(
             ],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank in (0, 1)
     ]
@@ -175,7 +174,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
     path = f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "STUBS": str(stubs), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PATH": path, "STUBS": str(stubs)}
 
 
 @pytest.mark.multiprocess

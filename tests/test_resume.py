@@ -34,13 +34,11 @@ from sr_dist import (
 )
 from sr_dist.errors import Stopped, UserError, exit_on_user_error
 from sr_dist.models import folding
-from tests.helpers import ACCELERATE, REPOSITORY, free_port, succeed
+from tests.helpers import ACCELERATE, REPOSITORY, run_ranks, start_ranks, succeed
 from tests.runs import (
-    ONE_PROCESS,
     TWO_PROCESSES,
     assert_same_run,
     full_disk,
-    launch,
     load,
     of_first_shard,
     rows,
@@ -51,6 +49,8 @@ from tests.runs import (
     wait_for_step,
 )
 from tests.streams import read_batches
+
+SLOW_STEPS = REPOSITORY / "tests" / "workers" / "slow_steps.py"
 
 
 def test_a_stopped_run_ends_bit_identical(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,15 +398,13 @@ def test_a_folder_that_may_not_be_written_to_any_more_stops_the_run(
         subprocess.run(["true"], preexec_fn=obey_modes, check=True)
     except subprocess.SubprocessError:
         pytest.skip("root here may not give up its right to write anywhere")
-    worker = str(REPOSITORY / "tests" / "workers" / "slow_steps.py")
     settings = ("train.epochs=1", "checkpoint.every_steps=4")
     checkpoints = tmp_path / "runs" / "small" / "checkpoints"
     with subprocess.Popen(
-        [sys.executable, worker, str(recipe), *settings],
+        [sys.executable, str(SLOW_STEPS), str(recipe), *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=obey_modes,
     ) as running:
         wait_for_step(running, 6)
@@ -460,7 +458,6 @@ def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
         [*command, *overrides],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     ) as running:
         assert running.stderr is not None
@@ -485,7 +482,6 @@ def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
         [*command, "train.epochs=50", "data.num_workers=2"],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as running:
         try:
             assert running.stderr is not None
@@ -508,8 +504,8 @@ def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
 @pytest.mark.multiprocess
 def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_path: Path) -> None:
     words = ("launch/train.py", "--config", recipe, of_first_shard(recipe))
-    for epochs, launcher in ((1, TWO_PROCESSES), (2, ONE_PROCESS), (3, TWO_PROCESSES)):
-        done = launch(launcher, *words, f"train.epochs={epochs}")
+    for epochs, number in ((1, 2), (2, 1), (3, 2)):
+        done = run_ranks(number, *words, f"train.epochs={epochs}")
         assert done.returncode == 0, done.stderr
     assert "changed since: the number of processes was 1, is 2" in done.stderr
     assert [row["Epoch"] for row in rows(tmp_path / "runs/small")] == ["1", "2", "3"]
@@ -525,23 +521,6 @@ def test_saving_changes_nothing_of_the_training(
     assert_same_run(trained_on_two, tmp_path / "runs/small")
 
 
-def start_ranks(number: int, recipe: Path, *overrides: str) -> list[subprocess.Popen[str]]:
-    """Ranks of one run, slow enough to be caught at a step, without a launcher above them."""
-    worker = str(REPOSITORY / "tests" / "workers" / "slow_steps.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(number)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [sys.executable, worker, str(recipe), *overrides],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(number)
-    ]
-
-
 @pytest.mark.multiprocess
 def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(
     recipe: Path, tmp_path: Path, trained_on_two: Path
@@ -551,11 +530,12 @@ def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(
         (signal.SIGUSR1, 1, 5),
         (signal.SIGTERM, 0, 25),
     ):
-        ranks = start_ranks(2, recipe)
-        wait_for_step(ranks[rank], caught)
-        ranks[rank].send_signal(number)
-        said = [process.communicate(timeout=60)[1] for process in ranks]
-        assert [process.returncode for process in ranks] == [75, 75], said
+        ranks = start_ranks(2, SLOW_STEPS, recipe)
+        ranks[rank].wait_for(f"step {caught}\n")
+        ranks[rank].signal(number)
+        ended = [process.end() for process in ranks]
+        said = [done.stderr for done in ended]
+        assert [done.returncode for done in ended] == [75, 75], said
         step = saved(tmp_path / "runs/small")[1]["step"]
         assert f"at step {step} of 36; the same command goes on from there" in said[0]
         assert caught <= step < 36 and "Traceback" not in said[0] + said[1]  # type: ignore
@@ -567,15 +547,15 @@ def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_is_named_by_the_others(recipe: Path, killed: int) -> None:
     settings = ("train.global_batch_size=6", "train.epochs=50", "run.timeout_minutes=0.3")
-    ranks = start_ranks(3, recipe, *settings)
-    wait_for_step(ranks[killed], 3)
-    ranks[killed].kill()
+    ranks = start_ranks(3, SLOW_STEPS, recipe, *settings)
+    ranks[killed].wait_for("step 3\n")
+    ranks[killed].signal(signal.SIGKILL)
     for rank, process in enumerate(ranks):
-        said = process.communicate(timeout=60)[1]
+        done = process.end()
         if rank != killed:
-            assert process.returncode == 1
-            assert f"rank {killed} is gone; run the same command" in said
-            assert "Traceback" not in said
+            assert done.returncode == 1
+            assert f"rank {killed} is gone; run the same command" in done.stderr
+            assert "Traceback" not in done.stderr
 
 
 @pytest.mark.multiprocess
@@ -585,13 +565,12 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
     """Under --max_restarts, one rank killed and later the other: the run of one unbroken."""
     command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES), "--max_restarts", "2"]
     command += ["--monitor_interval", "0.5"]
-    command += [str(REPOSITORY / "tests" / "workers" / "slow_steps.py"), str(recipe)]
+    command += [str(SLOW_STEPS), str(recipe)]
     with subprocess.Popen(
         [*command, "checkpoint.every_steps=5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as running:
         for step, victim in ((8, -1), (23, 0)):
             wait_for_step(running, step)
@@ -610,10 +589,9 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     """Of its two further attempts none trains; another launcher goes on."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "2"]
     command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
-    command += [str(REPOSITORY / "tests" / "workers" / "slow_steps.py"), str(recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [str(SLOW_STEPS), str(recipe)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "train.epochs=50"], **pipes, env=environment) as running:
+    with subprocess.Popen([*command, "train.epochs=50"], **pipes) as running:
         wait_for_step(running, 3)
         ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
         os.kill(int(ranks[1]), signal.SIGUSR1)
@@ -622,7 +600,7 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     assert said.count("stopped before the launcher started it again") == 2, said
     step = saved(tmp_path / "runs/small")[1]["step"]
     assert f"step {step}" in steps and f"step {step + 1}" not in steps  # type: ignore[operator]
-    with subprocess.Popen([*command, "train.epochs=50"], **pipes, env=environment) as again:
+    with subprocess.Popen([*command, "train.epochs=50"], **pipes) as again:
         wait_for_step(again, step + 1)  # type: ignore[operator]
         os.kill(again.pid, signal.SIGTERM)
         again.communicate(timeout=120)
@@ -631,7 +609,7 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
 @pytest.mark.multiprocess
 def test_ranks_that_would_start_apart_are_told_so(recipe: Path, tmp_path: Path) -> None:
     train.run(load(recipe, "train.epochs=1"))
-    done = launch(TWO_PROCESSES, "tests/workers/start_apart.py", recipe)
+    done = run_ranks(2, "tests/workers/start_apart.py", recipe)
     assert done.returncode != 0
     assert "must lie on storage that all machines share" in done.stderr
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import pytest
 from sr_dist import remote, shard_reader, shards, storage, stream
 from sr_dist.errors import UserError
 from tests import local_server
-from tests.helpers import free_port
+from tests.helpers import free_port, start_ranks, succeed
 from tests.local_server import Reply, Server, data, silent, status
 from tests.runs import full_disk
 from tests.streams import assert_equal, read, read_batches
@@ -637,32 +638,18 @@ train: {{epochs: 2, global_batch_size: 8}}
 checkpoint: {{every_steps: 5}}
 """
     )
-    worker = str(Path(__file__).parent / "workers" / "record_rows.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    seen = tmp_path / "seen"
+    worker, seen = "tests/workers/record_rows.py", tmp_path / "seen"
     seen.mkdir()
-    with subprocess.Popen(
-        [*launcher, "--nproc_per_node", "2", worker, str(recipe), str(seen / "first"), "0.2"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as running:
-        deadline = time.monotonic() + 120
-        checkpoint = tmp_path / "runs" / "far" / "checkpoints" / "step-00000005"
-        while not checkpoint.exists() or len((seen / "first-0").read_text().splitlines()) < 9:
-            assert time.monotonic() < deadline and running.poll() is None
-            time.sleep(0.05)
-        os.killpg(running.pid, 9)
-    done = subprocess.run(
-        [sys.executable, worker, str(recipe), str(seen / "second"), "0"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    running = start_ranks(2, worker, recipe, seen / "first", 0.2)
+    deadline = time.monotonic() + 120
+    checkpoint = tmp_path / "runs" / "far" / "checkpoints" / "step-00000005"
+    while not checkpoint.exists() or len((seen / "first-0").read_text().splitlines()) < 9:
+        assert time.monotonic() < deadline and running[0].process.exitcode is None
+        time.sleep(0.05)
+    for rank in running:
+        rank.signal(signal.SIGKILL)
+    assert [rank.end().returncode for rank in running] == [-signal.SIGKILL] * 2
+    done = succeed(worker, recipe, seen / "second", "0", timeout=180)
     assert "going on from" in done.stderr
 
     def rows(name: str) -> dict[int, list[str]]:

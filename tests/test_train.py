@@ -38,7 +38,7 @@ from sr_dist import (
     train,
 )
 from sr_dist.errors import UserError
-from tests.helpers import REPOSITORY, refuse, run, succeed
+from tests.helpers import REPOSITORY, refuse, run, run_ranks, succeed
 from tests.local_server import Server, data, status
 from tests.runs import (
     ONE_PROCESS,
@@ -518,8 +518,8 @@ def test_what_was_left_out_before_does_not_stop_a_run_that_is_to_stop_at_once(
 
 @pytest.mark.multiprocess
 def test_what_is_not_finite_on_one_rank_is_left_out_on_all(recipe: Path, tmp_path: Path) -> None:
-    done = launch(
-        TWO_PROCESSES,
+    done = run_ranks(
+        2,
         "tests/workers/poisoned_rank.py",
         recipe,
         "run.name=skips",
@@ -530,7 +530,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(recipe: Path, tmp_pat
     tensors, _ = saved(tmp_path / "runs/skips")
     assert tensors["optimizer/generator/0/step"] == 17
     assert all(torch.isfinite(value).all() for value in tensors.values())
-    done = launch(TWO_PROCESSES, "tests/workers/poisoned_rank.py", recipe, "run.name=stops")
+    done = run_ranks(2, "tests/workers/poisoned_rank.py", recipe, "run.name=stops")
     assert done.returncode != 0
     assert done.stderr.count("not finite at step 5: loss/generator, loss/pixel of rank 1, on") == 1
     assert 'poisoned_rank.py", line' not in done.stderr, "no traceback of ours"
@@ -711,8 +711,8 @@ def test_all_ranks_evaluate_to_the_same_numbers_as_one(
     (tmp_path / "val").mkdir()
     for number in range(4):
         shutil.copy(photographs / "chelsea.png", tmp_path / "val" / f"{number}.png")
-    done = launch(
-        TWO_PROCESSES,
+    done = run_ranks(
+        2,
         "tests/workers/loses_a_picture.py",
         tmp_path / "val" / "3.png",
         recipe,
@@ -733,22 +733,22 @@ def test_an_evaluation_may_take_longer_than_a_collective_waits(
 ) -> None:
     settings = ("run.timeout_minutes=0.1", "train.epochs=1", of_first_shard(recipe))
     settings += (f"evaluation.ranks={ranks}",)
-    done = launch(TWO_PROCESSES, "tests/workers/slow_evaluation.py", 8, recipe, *settings)
+    done = run_ranks(2, "tests/workers/slow_evaluation.py", 8, recipe, *settings)
     assert done.returncode == 0, done.stderr
     assert saved(tmp_path / "runs" / "small")[1]["metrics"]
 
 
 @pytest.mark.multiprocess
 def test_a_mistake_that_one_rank_meets_is_said_once(recipe: Path) -> None:
-    done = launch(TWO_PROCESSES, "tests/workers/one_mistake.py")
+    done = run_ranks(2, "tests/workers/one_mistake.py")
     assert done.stderr.count("error (rank 1): only here") == 1
-    done = launch(TWO_PROCESSES, "tests/workers/one_mistake.py", "everywhere")
+    done = run_ranks(2, "tests/workers/one_mistake.py", "everywhere")
     assert done.stderr.count("everywhere alike") == 1
 
 
 @pytest.mark.multiprocess
 def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
-    done = launch(TWO_PROCESSES, "tests/workers/ranks_agree.py")
+    done = run_ranks(2, "tests/workers/ranks_agree.py")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["world_size"] == 2
@@ -759,7 +759,7 @@ def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
     assert found["differing_buffers"] == []
     assert found["differing_buffers_afterwards"] == found["differing_buffers_before_averaging"]
     assert found["means"] == {"rank": 0.5}
-    done = launch(TWO_PROCESSES, "tests/workers/ranks_agree.py", "bf16")
+    done = run_ranks(2, "tests/workers/ranks_agree.py", "bf16")
     compressed = json.loads(done.stdout.splitlines()[-1])
     assert compressed["differing_parameters"] == []
     assert compressed["length"] != found["length"], "bf16 rounds"
@@ -796,7 +796,7 @@ def test_nothing_is_read_back_between_log_points(
 
 @pytest.mark.multiprocess
 def test_batch_that_does_not_divide_is_refused(recipe: Path) -> None:
-    done = launch(TWO_PROCESSES, "launch/train.py", "--config", recipe, "train.global_batch_size=7")
+    done = run_ranks(2, "launch/train.py", "--config", recipe, "train.global_batch_size=7")
     assert done.returncode != 0
     assert done.stderr.count("global_batch_size 7 does not divide among 2 processes") == 1
 
