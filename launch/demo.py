@@ -114,9 +114,9 @@ def load_models(checkpoints):  # type: ignore[no-untyped-def]
         raise UserError("the package holds no model; name one with --checkpoint")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
-    for path in paths:
+    for wanted, path in zip(generators.names(paths), paths, strict=True):
         generator, description = generators.load(path)
-        name = evaluate.unused_name(path.name or str(path.resolve()), found)
+        name = evaluate.unused_name(wanted, found)
         bits = generators.bits_of(path) or 16
         found[name] = (upscale.prepare(generator, device), description, bits)
     return found

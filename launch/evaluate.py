@@ -111,10 +111,11 @@ def main() -> None:
                 )
         upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
         channels, learned = {}, []
-        for path, (generator, description) in loaded.items():
+        for own, (path, (generator, description)) in zip(
+            generators.names(list(loaded)), loaded.items(), strict=True
+        ):
             channels[path] = description["channels"]
             generator.to(device=device, memory_format=torch.channels_last)
-            own = path.resolve().name.removesuffix(".pth.tar")
             name = evaluate.unused_name(own, {*upscalers, "LR", "HR"})
             learned.append(name)
             upscalers[name] = evaluate.learned(generator, scale=scale, tile=arguments.tile)

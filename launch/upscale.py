@@ -14,9 +14,9 @@ examples:
   python launch/upscale.py --checkpoint runs/quickstart --input photo.jpg --output out/
 
 Each picture becomes NAME.png in the output folder; folders keep their structure. Gray stays gray,
-and alpha stays; results have 8 bits a channel. What lies in an output folder inside an input one is
-not enlarged again. A picture that cannot be used is reported at the end
-(exit status 2); the others are done all the same.
+and alpha stays; results have 8 bits a channel, and replace those of before. What lies in an output
+folder inside an input one is not enlarged again. A picture that cannot be used is reported at the
+end (exit status 2); the others are done all the same.
 """
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         generator = upscale.prepare(generator, device)
         bits = arguments.bits or generators.bits_of(checkpoint) or 16
-        rejects, engine = [], arguments.engine
+        rejects, replaced, engine = [], 0, arguments.engine
         for (path, _), target in zip(
             tqdm(pictures, unit="picture", disable=None), targets, strict=True
         ):
@@ -113,8 +113,10 @@ def main() -> None:
             except images.PictureError as error:
                 rejects.append(f"{path} {error}")
                 continue
+            replaced += (arguments.output / target).exists()
             images.save(result, arguments.output / target, images.colour_profile(path))
-        print(f"{len(pictures) - len(rejects)} picture(s) in {arguments.output}")
+        again = f", of which {replaced} replaced what was there" if replaced else ""
+        print(f"{len(pictures) - len(rejects)} picture(s) in {arguments.output}{again}")
         if rejects:
             raise UserError(
                 f"{len(rejects)} picture(s) could not be used:\n  " + "\n  ".join(rejects)

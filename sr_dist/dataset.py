@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -157,7 +158,11 @@ def collect(
 
 
 def split(
-    folder: Path, val_fraction: float, seed: int, output: Path | None = None
+    folder: Path,
+    val_fraction: float,
+    seed: int,
+    output: Path | None = None,
+    group_by: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """Write `train.txt` and `val.txt` into `output` (or `folder`), and return what they list.
 
@@ -165,9 +170,12 @@ def split(
     an earlier run listed stays where it is, and copies go where their original is. Neither list is
     ever empty. Paths are relative to the lists.
 
+    `group_by`: a regular expression, found in the path of every picture below `folder`. Pictures
+    for which it finds the same (its first group, where it has one) go together.
+
     Raises:
-        UserError: fewer than two different pictures, a fraction that is not between 0 and 1, or no
-            picture left for one side.
+        UserError: fewer than two different pictures or groups, a fraction that is not between 0
+            and 1, no picture left for one side, or groups that cannot be kept together.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction: expected a number between 0 and 1, found {val_fraction}")
@@ -184,12 +192,18 @@ def split(
     start, place = folder.resolve(), output.resolve()
     full = [start / path.relative_to(folder) for path in paths]
     names = [Path(os.path.relpath(path, place)).as_posix() for path in full]
-    shares = {name: _share(path, seed) for name, path in zip(names, paths, strict=True)}
     listed = {
         name: side for side in ("train", "val") for name in _read_list(output / f"{side}.txt")
     }
-    of_bytes = {shares[name]: side for name, side in listed.items() if name in shares}
-    earlier = {name: listed.get(name, of_bytes.get(shares[name])) for name in names}
+    hashes = {name: _hash(path) for name, path in zip(names, paths, strict=True)}
+    together = hashes
+    if group_by is not None:
+        below = [path.relative_to(folder).as_posix() for path in paths]
+        together = dict(zip(names, _groups(below, group_by), strict=True))
+        _check_groups(together, hashes, listed, output)
+    shares = {name: _share(key, seed) for name, key in together.items()}
+    of_others = {shares[name]: side for name, side in listed.items() if name in shares}
+    earlier = {name: listed.get(name, of_others.get(shares[name])) for name in names}
     validation = {
         name
         for name in names
@@ -206,10 +220,11 @@ def split(
                 f"or delete {output}/train.txt and val.txt to divide afresh."
             )
         nearest = (max if validation else min)(shares[name] for name in movable)
-        moved = {name for name in movable if shares[name] == nearest}  # copies go together
+        moved = {name for name in movable if shares[name] == nearest}  # copies, or a group
         if len(moved) == len(names):
+            one = "picture" if group_by is None else f"group by --group-by {group_by!r}"
             raise UserError(
-                f"{folder} holds one picture, {len(names)} times; two are needed, one for each side"
+                f"{folder} holds one {one}, {len(names)} times; two are needed, one for each side"
             )
         validation ^= moved
     sides = ([name for name in names if name not in validation], sorted(validation))
@@ -218,9 +233,44 @@ def split(
     return sides
 
 
-def _share(path: Path, seed: int) -> float:
-    """A number in [0, 1) that depends on the seed and the file's bytes alone."""
-    digest = hashlib.sha256(f"{seed} {_hash(path)}".encode()).hexdigest()
+def _groups(paths: Sequence[str], group_by: str) -> list[str]:
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise UserError(f"--group-by: {group_by!r} is no regular expression: {error}") from None
+    groups = []
+    for path in paths:
+        found = pattern.search(path)
+        if found is None:
+            raise UserError(f"--group-by: {group_by!r} finds nothing in {path}")
+        groups.append(found[min(1, pattern.groups)] or "")
+    return groups
+
+
+def _check_groups(
+    groups: dict[str, str], hashes: dict[str, str], listed: dict[str, str], output: Path
+) -> None:
+    """Refuse what would put pictures of one group, or copies of one picture, on both sides."""
+    sides: dict[str, str] = {}
+    for name, side in listed.items():
+        if name in groups and sides.setdefault(groups[name], side) != side:
+            raise UserError(
+                f"{output}/train.txt and val.txt have both pictures of the group {groups[name]!r} "
+                "from before; delete them to divide afresh"
+            )
+    holders: dict[str, str] = {}
+    for name, digest in hashes.items():
+        first = holders.setdefault(digest, name)
+        if groups[first] != groups[name]:
+            raise UserError(
+                f"{first} and {name} are the same picture, of the groups {groups[first]!r} and "
+                f"{groups[name]!r}; leave one of them out"
+            )
+
+
+def _share(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the seed and on `key`, the hash of a file or a group."""
+    digest = hashlib.sha256(f"{seed} {key}".encode()).hexdigest()
     return int(digest[:12], 16) / 16**12
 
 

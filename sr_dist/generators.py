@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,14 @@ def bits_of(path: Path) -> int | None:
         values = weights.read(path)
         bits = values.get(BITS) if isinstance(values, dict) else None
     return bits if type(bits) is int and 9 <= bits <= 16 else None
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """What to call each: the last part of its path, or all of it where several end alike."""
+    last = [path.resolve().name.removesuffix(".pth.tar") for path in paths]
+    return [
+        name if last.count(name) == 1 else str(path) for name, path in zip(last, paths, strict=True)
+    ]
 
 
 def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -235,6 +235,57 @@ def test_split_refuses_what_cannot_be_split(tmp_path: Path) -> None:
         dataset.split(tmp_path / "none", 0.1, seed=0)
 
 
+def test_split_keeps_groups_together(tmp_path: Path) -> None:
+    """Patients by the beginning of the name, also when pictures come later."""
+    for seed in range(36):
+        noise(tmp_path / f"scans/{seed % 12:03}_{seed}.png", seed, side=8)
+    by = r"scans/(\d+)_"
+    dataset.split(tmp_path, 0.3, seed=0, group_by=by)
+    before = sides_of_groups(tmp_path)
+    assert len(before) == 12 and set(before.values()) == {"train", "val"}
+    for seed in range(36, 60):
+        noise(tmp_path / f"scans/{seed % 20:03}_{seed}.png", seed, side=8)
+    for again in (True, False):  # by the lists, and by the names alone
+        dataset.split(tmp_path, 0.3, seed=0, group_by=by)
+        after = sides_of_groups(tmp_path)
+        assert len(after) == 20 and before.items() <= after.items()
+        if again:
+            for name in ("train.txt", "val.txt"):
+                (tmp_path / name).unlink()
+    dataset.split(tmp_path, 0.001, seed=1, output=tmp_path / "few", group_by=by)
+    sides = sides_of_groups(tmp_path / "few")
+    assert sorted(sides.values()) == ["train"] * 19 + ["val"], "a whole group crossed over"
+
+
+def sides_of_groups(folder: Path) -> dict[str, str]:
+    """The one side of every group by the first three characters of names."""
+    found: dict[str, set[str]] = {}
+    for side, names in zip(("train", "val"), lists(folder), strict=True):
+        for name in names:
+            found.setdefault(Path(name).name[:3], set()).add(side)
+    return {group: side for group, (side,) in found.items()}
+
+
+def test_split_refuses_groups_that_cannot_be_kept_together(tmp_path: Path) -> None:
+    for name, seed in (("a_1", 1), ("a_2", 2), ("b_1", 3), ("b_2", 4), ("c_1", 5)):
+        noise(tmp_path / f"{name}.png", seed, side=8)
+    with pytest.raises(UserError, match=r"'\(' is no regular expression: missing \)"):
+        dataset.split(tmp_path, 0.5, seed=0, group_by="(")
+    with pytest.raises(UserError, match=r"'\\\\d\\\\d' finds nothing in a_1.png"):
+        dataset.split(tmp_path, 0.5, seed=0, group_by=r"\d\d")
+    with pytest.raises(UserError, match="holds one group by --group-by 'png', 5 times"):
+        dataset.split(tmp_path, 0.5, seed=0, group_by="png")
+    (tmp_path / "train.txt").write_text("a_1.png\n")
+    (tmp_path / "val.txt").write_text("a_2.png\n")
+    with pytest.raises(UserError, match="val.txt have both pictures of the group 'a' from before"):
+        dataset.split(tmp_path, 0.5, seed=0, group_by="^[a-z]")
+    (tmp_path / "val.txt").unlink()
+    noise(tmp_path / "c_2.png", 3, side=8)
+    with pytest.raises(UserError, match="b_1.png and c_2.png are the same picture, of the groups"):
+        dataset.split(tmp_path, 0.5, seed=0, group_by="^[a-z]")
+    assert not (tmp_path / "val.txt").exists()
+
+
 def test_png_targets_never_collide() -> None:
     paths = [Path("a.jpg"), Path("a.png"), Path("b/a.jpg"), Path("c.webp")]
     assert dataset.png_targets(paths) == [

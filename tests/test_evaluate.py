@@ -333,6 +333,11 @@ def test_names_that_the_report_needs_itself(
     assert json.loads(done.stdout.splitlines()[-1])["results"][0]["name"] == "HR 2"
 
 
+def test_models_are_called_by_the_end_of_their_paths_where_that_tells_them_apart() -> None:
+    paths = [Path("runs/a"), Path("a"), Path("b/netG_4x.pth.tar"), Path("swift_srgan_x4")]
+    assert generators.names(paths) == ["runs/a", "a", "netG_4x", "swift_srgan_x4"]
+
+
 def test_report_shows_the_two_results_that_are_furthest_apart(picture: images.Picture) -> None:
     results = {"a": picture, "b": 255 - picture, "c": picture // 2 + 60}
     assert report._furthest_apart(results, models=[]) == ("a", "b")

@@ -7,12 +7,14 @@ from pathlib import Path
 from sr_dist.errors import exit_on_user_error
 
 EXAMPLE = """
-example:
+examples:
   python tools/split_dataset.py --images data/images --val-fraction 0.1
+  python tools/split_dataset.py --images data/xrays --group-by '[0-9]+'    # patients: 00001_000.png
 
 Writes train.txt and val.txt, with paths relative to them. The bytes of a picture (and --seed)
 decide where it goes, and a picture that is listed already stays where it is, so new pictures move
-none of the old ones. Delete the lists to divide afresh.
+none of the old ones. Delete the lists to divide afresh. With --group-by, pictures of one group
+(patient, scene, video) are never on both sides.
 """
 
 
@@ -38,6 +40,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="another division (default 0)"
     )
+    parser.add_argument(
+        "--group-by",
+        metavar="REGEX",
+        help="pictures in whose paths below DIR this finds the same (its first group, where it has "
+        "one) go to the same side",
+    )
     return parser.parse_args()
 
 
@@ -47,7 +55,11 @@ def main() -> None:
         from sr_dist import dataset
 
         train, validation = dataset.split(
-            arguments.images, arguments.val_fraction, arguments.seed, arguments.output
+            arguments.images,
+            arguments.val_fraction,
+            arguments.seed,
+            arguments.output,
+            arguments.group_by,
         )
     where = arguments.output or arguments.images
     print(f"{where}: {len(train)} for training, {len(validation)} for validation")
