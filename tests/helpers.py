@@ -105,20 +105,21 @@ def start_ranks(number: int, script: str | Path, *words: str | Path | float) -> 
     ]
 
 
-def run_ranks(
-    number: int, script: str | Path, *words: str | Path | float, timeout: float = 240
-) -> Done:
-    """How the ranks of one run ended: the highest status, and what all of them said."""
-    ranks = start_ranks(number, script, *words)
+def end_ranks(ranks: Sequence[Started], timeout: float = 120) -> list[Done]:
+    """How each of them ended; none lives on."""
     try:
-        ended = [rank.end(timeout) for rank in ranks]
+        return [rank.end(timeout) for rank in ranks]
     finally:
         for rank in ranks:
             rank.process.kill()
-    worst = max((done.returncode for done in ended), key=abs)
+
+
+def run_ranks(number: int, script: str | Path, *words: str | Path | float) -> Done:
+    """How the ranks of one run ended: the worst status, and what all of them said."""
+    ended = end_ranks(start_ranks(number, script, *words), timeout=240)
     return Done(
-        ranks[0].words,
-        worst,
+        ended[0].args,
+        max((done.returncode for done in ended), key=abs),
         "".join(done.stdout for done in ended),
         "".join(done.stderr for done in ended),
     )

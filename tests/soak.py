@@ -15,11 +15,9 @@ with an AssertionError that names the difference.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sr_dist import checkpoint, dataset, images, shard_writer  # noqa: E402
-from tests.helpers import REPOSITORY  # noqa: E402
+from tests.helpers import Started, end_ranks, start_ranks  # noqa: E402
 from tests.runs import assert_same_run  # noqa: E402
 
 PATIENCE = 120  # seconds for anything; a run that hangs fails here
@@ -55,78 +53,46 @@ def prepare(folder: Path) -> None:
     shard_writer.write(images.list_pictures(folder / "images"), folder / "shards", options)
 
 
-class Run:
-    """Two ranks under torchrun, slowed down so that they can be caught at a step."""
-
-    def __init__(self, recipe: Path, full: tuple[str, ...] = ()) -> None:
-        """`full`: what tests/workers/full_disk.py is told of the disk."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
-        worker = "full_disk.py" if full else "slow_steps.py"
-        command += [str(REPOSITORY / "tests" / "workers" / worker), *full, str(recipe)]
-        self.first: int | None = None  # step, as far as `steps` has looked
-        self.said = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=self.said,
-            text=True,
-            start_new_session=True,
-        )
-
-    def ranks(self) -> list[int]:
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(child) for child in children]
-
-    def steps(self, number: int) -> bool:
-        """Wait for `number` steps; False if the run ended before."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            word, _, step = line.strip().partition(" ")
-            if word == "step" and step.isdigit():
-                self.first = int(step) if self.first is None else self.first
-                if int(step) >= self.first + number:
-                    return True
-        return False
-
-    def end(self) -> tuple[int, str]:
-        """Wait for the end: the launcher's status, and what was said."""
-        try:
-            self.process.communicate(timeout=PATIENCE)
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.said.seek(0)
-        said = self.said.read()
-        self.said.close()
-        return self.process.returncode, said
+def begin(recipe: Path, *full: str) -> list[Started]:
+    """Two ranks, slow enough to be caught at a step; `full`: of the disk, see full_disk.py."""
+    worker = "full_disk.py" if full else "slow_steps.py"
+    return start_ranks(2, f"tests/workers/{worker}", *full, recipe)
 
 
-def kill_all(run: Run) -> None:
-    ranks = run.ranks()
-    os.killpg(run.process.pid, signal.SIGKILL)
-    for rank in ranks:  # which are in sessions of their own
-        try:
-            os.kill(rank, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    status, said = run.end()
-    assert status == -signal.SIGKILL, said
+def wait_for_steps(rank: Started, number: int) -> int:
+    """Wait for `number` steps after its first, which is returned."""
+    rank.wait_for("step ", timeout=PATIENCE)
+    first = int(rank.said().split()[1])
+    rank.wait_for(f"step {first + number}\n", timeout=PATIENCE)
+    return first
 
 
-def kill_one(run: Run, chance: random.Random) -> None:
-    os.kill(chance.choice(run.ranks()), signal.SIGKILL)
-    status, said = run.end()
-    assert status == 1, said
+def end(ranks: list[Started]) -> tuple[list[int], str]:
+    """Wait for the end: the ranks' statuses, and what they said."""
+    ended = end_ranks(ranks, PATIENCE)
+    return [done.returncode for done in ended], "".join(done.stderr for done in ended)
 
 
-def stop(run: Run, chance: random.Random) -> None:
+def kill_all(ranks: list[Started]) -> None:
+    for rank in ranks:
+        rank.signal(signal.SIGKILL)
+    statuses, said = end(ranks)
+    assert statuses == [-signal.SIGKILL] * 2, said
+
+
+def kill_one(ranks: list[Started], chance: random.Random) -> None:
+    victim = chance.choice([0, 1])
+    ranks[victim].signal(signal.SIGKILL)
+    statuses, said = end(ranks)
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1, said
+    assert f"rank {victim} is gone" in said, said
+
+
+def stop(ranks: list[Started], chance: random.Random) -> None:
     number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-    os.kill(chance.choice(run.ranks()), number)
-    status, said = run.end()
-    assert status == 1 and "exitcode  : 75" in said, said
-    assert "the same command goes on from there" in said, said
+    chance.choice(ranks).signal(number)
+    statuses, said = end(ranks)
+    assert statuses == [75, 75] and "the same command goes on from there" in said, said
 
 
 def fill_disk(recipe: Path, chance: random.Random) -> str:
@@ -135,8 +101,9 @@ def fill_disk(recipe: Path, chance: random.Random) -> str:
     name = chance.choice([*of_checkpoint, ".png", ".csv", "netG_", "netD_"])
     number = chance.randint(1, 3) if name in of_checkpoint else 1  # there is one an epoch
     how = chance.choice(["once", "on"])
-    status, said = Run(recipe, (name, str(number), how)).end()
-    assert status == 1 and "No space left" in said and "cannot use" in said, said
+    statuses, said = end(begin(recipe, name, str(number), how))
+    assert statuses[0] == 2 and statuses[1] in (1, 2), (statuses, said)
+    assert "No space left" in said and "cannot use" in said, said
     return f"full disk at {name}, {number}, {how}"
 
 
@@ -166,8 +133,8 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
     for name in ("unbroken", "struck"):
         recipes[name] = folder / f"{name}.yaml"
         recipes[name].write_text(RECIPE.format(name=name, folder=folder, epochs=epochs))
-    status, said = Run(recipes["unbroken"]).end()
-    assert status == 0, said
+    statuses, said = end(begin(recipes["unbroken"]))
+    assert statuses == [0, 0], said
     checkpoints = folder / "runs" / "struck" / "checkpoints"
     kinds = ["kill all", "kill one", "stop", "damage", "full disk"]
     left = [kinds[number % len(kinds)] for number in range(faults)]
@@ -178,25 +145,25 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
         if kind == "full disk":
             what = fill_disk(recipes["struck"], chance)
         else:
-            run = Run(recipes["struck"])
+            ranks = begin(recipes["struck"])
             # Two steps beyond a checkpoint at the least, so that the run gets on.
-            assert run.steps(chance.randint(4, 8)), run.end()
+            first = wait_for_steps(ranks[0], chance.randint(4, 8))
             whole = 0 if start is None else start.step
-            assert run.first == whole + 1, f"it began at step {run.first}, not after {whole}"
+            assert first == whole + 1, f"it began at step {first}, not after {whole}"
             what = kind
             if kind == "stop":
-                stop(run, chance)
+                stop(ranks, chance)
             elif kind == "kill one":
-                kill_one(run, chance)
+                kill_one(ranks, chance)
             else:
-                kill_all(run)
+                kill_all(ranks)
             if kind == "damage":
                 what = damage(checkpoints, chance)
         there = checkpoints.glob("step-" + 8 * "[0-9]")
         newest = max((path.name for path in there), default="none")
         say(f"{number:3} of {faults}  {time.monotonic() - began:5.0f} s  {what}; newest: {newest}")
-    status, said = Run(recipes["struck"]).end()
-    assert status == 0, said
+    statuses, said = end(begin(recipes["struck"]))
+    assert statuses == [0, 0], said
     assert_same_run(folder / "runs" / "unbroken", folder / "runs" / "struck")
     say(f"{faults} faults, {18 * epochs} steps: all as in the unbroken run")
 
