@@ -34,7 +34,7 @@ from sr_dist import (
 )
 from sr_dist.errors import Stopped, UserError, exit_on_user_error
 from sr_dist.models import folding
-from tests.helpers import ACCELERATE, REPOSITORY, run_ranks, start_ranks, succeed
+from tests.helpers import ACCELERATE, REPOSITORY, end_ranks, run_ranks, start_ranks, succeed
 from tests.runs import (
     TWO_PROCESSES,
     assert_same_run,
@@ -533,7 +533,7 @@ def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(
         ranks = start_ranks(2, SLOW_STEPS, recipe)
         ranks[rank].wait_for(f"step {caught}\n")
         ranks[rank].signal(number)
-        ended = [process.end() for process in ranks]
+        ended = end_ranks(ranks)
         said = [done.stderr for done in ended]
         assert [done.returncode for done in ended] == [75, 75], said
         step = saved(tmp_path / "runs/small")[1]["step"]
