@@ -586,7 +586,7 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
 def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     recipe: Path, tmp_path: Path
 ) -> None:
-    """Of its two further attempts none trains; another launcher goes on."""
+    """Of its two further attempts none trains; the next start goes on."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "2"]
     command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
     command += [str(SLOW_STEPS), str(recipe)]
@@ -600,10 +600,10 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     assert said.count("stopped before the launcher started it again") == 2, said
     step = saved(tmp_path / "runs/small")[1]["step"]
     assert f"step {step}" in steps and f"step {step + 1}" not in steps  # type: ignore[operator]
-    with subprocess.Popen([*command, "train.epochs=50"], **pipes) as again:
-        wait_for_step(again, step + 1)  # type: ignore[operator]
-        os.kill(again.pid, signal.SIGTERM)
-        again.communicate(timeout=120)
+    (again,) = start_ranks(1, SLOW_STEPS, recipe, "train.epochs=50")
+    again.wait_for(f"step {step + 1}\n")  # type: ignore[operator]
+    again.signal(signal.SIGTERM)
+    assert again.end().returncode == 75
 
 
 @pytest.mark.multiprocess
