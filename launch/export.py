@@ -2,6 +2,7 @@
 """Write a trained model for use elsewhere, BatchNorm folded into the convolutions."""
 
 import argparse
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -108,7 +109,10 @@ def main() -> None:
             metrics = arguments.metrics
             facts = model_card.Facts(
                 title=output.resolve().name,
-                sources=[export.find_source(path) for path in paths],
+                sources=[
+                    dataclasses.replace(export.find_source(path), name=name)
+                    for path, name in zip(paths, generators.names(paths), strict=True)
+                ],
                 alpha=arguments.alpha,
                 license=arguments.license,
                 data=arguments.data,

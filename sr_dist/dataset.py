@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from PIL import Image
 
 from sr_dist import files, images, storage
 from sr_dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what, total) → items
 
@@ -195,15 +198,18 @@ def split(
     listed = {
         name: side for side in ("train", "val") for name in _read_list(output / f"{side}.txt")
     }
-    hashes = {name: _hash(path) for name, path in zip(names, paths, strict=True)}
-    together = hashes
+    together = hashes = {name: _hash(path) for name, path in zip(names, paths, strict=True)}
     if group_by is not None:
-        below = [path.relative_to(folder).as_posix() for path in paths]
-        together = dict(zip(names, _groups(below, group_by), strict=True))
+        # Of what was listed and is gone too: others of its group may come.
+        every = dict.fromkeys([*names, *listed])
+        below = {name: os.path.relpath(place / name, start) for name in every}
+        together = _groups(below, group_by, required=names)
         _check_groups(together, hashes, listed, output)
-    shares = {name: _share(key, seed) for name, key in together.items()}
-    of_others = {shares[name]: side for name, side in listed.items() if name in shares}
-    earlier = {name: listed.get(name, of_others.get(shares[name])) for name in names}
+        groups = {together[name] for name in names}
+        log.info("--group-by finds %d groups in %d pictures", len(groups), len(names))
+    of_others = {together[name]: side for name, side in listed.items() if name in together}
+    earlier = {name: listed.get(name, of_others.get(together[name])) for name in names}
+    shares = {name: _share(together[name], seed) for name in names}
     validation = {
         name
         for name in names
@@ -233,18 +239,18 @@ def split(
     return sides
 
 
-def _groups(paths: Sequence[str], group_by: str) -> list[str]:
+def _groups(paths: dict[str, str], group_by: str, required: Sequence[str]) -> dict[str, str]:
+    """What `group_by` finds in the path of every name; it must in those of `required`."""
     try:
         pattern = re.compile(group_by)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"--group-by: {group_by!r} is no regular expression: {error}") from None
-    groups = []
-    for path in paths:
-        found = pattern.search(path)
-        if found is None:
-            raise UserError(f"--group-by: {group_by!r} finds nothing in {path}")
-        groups.append(found[min(1, pattern.groups)] or "")
-    return groups
+    found = {name: pattern.search(Path(path).as_posix()) for name, path in paths.items()}
+    for name in required:
+        if found[name] is None:
+            raise UserError(f"--group-by: {group_by!r} finds nothing in {paths[name]}")
+    which = min(1, pattern.groups)
+    return {name: match[which] or "" for name, match in found.items() if match is not None}
 
 
 def _check_groups(

@@ -291,6 +291,9 @@ def side_by_side(pair: Pair, results: Mapping[str, images.Picture]) -> images.Pi
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=_LABEL_HEIGHT - 4)
     for number, (label, picture) in enumerate(panels.items()):
         left = number * (width + _GAP)
+        # Where it is wider than its picture, its end, which tells models apart.
+        while len(label) > 1 and draw.textlength(label, font) > width:
+            label = label[1:]
         draw.text((left + 2, 1), label, fill="black", font=font)
         canvas.paste(images.to_pillow(np.ascontiguousarray(picture)), (left, _LABEL_HEIGHT))
     return np.asarray(canvas)

@@ -76,11 +76,24 @@ def bits_of(path: Path) -> int | None:
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """What to call each: the last part of its path, or all of it where several end alike."""
-    last = [path.resolve().name.removesuffix(".pth.tar") for path in paths]
-    return [
-        name if last.count(name) == 1 else str(path) for name, path in zip(last, paths, strict=True)
-    ]
+    """What to call each: the end of its path, as much as tells it apart from the others.
+
+    Of a run's `best` or one of its steps the run's name too.
+    """
+    every = []
+    for path in paths:
+        shown = path if path.name.strip(".") else path.absolute().resolve()
+        parts = [*shown.parts[:-1], shown.name.removesuffix(".pth.tar")]
+        every.append([part for part in parts if part != "checkpoints"])
+    called = []
+    for parts in every:
+        length = 2 if parts[-1] == "best" or parts[-1].startswith("step-") else 1
+        while length < len(parts) and any(
+            other != parts and other[-length:] == parts[-length:] for other in every
+        ):
+            length += 1
+        called.append("/".join(parts[-length:]))
+    return called
 
 
 def load_state(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -72,11 +72,19 @@ def find(folder: Path, *, broken_links: bool = False) -> list[Path]:
     return sorted(path for path in found if path.is_file() or broken_links and not path.exists())
 
 
-def other_files(folder: Path) -> str:
-    """What `find` passes over below `folder`, as in "12 .dcm, 1 without"; empty for nothing."""
-    endings = (path.suffix.lower() or "without" for path in _files(folder))
+def other_files(folder: Path, apart_from: Path | None = None) -> str:
+    """What `find` passes over below `folder`, as in "12 .dcm, 1 without"; empty for nothing.
+
+    What lies in the folder `apart_from` is not counted.
+    """
+    endings = (
+        path.suffix.lower() or "without"
+        for path in _files(folder)
+        if apart_from is None or not path.resolve().is_relative_to(apart_from.resolve())
+    )
     counts = Counter(ending for ending in endings if ending not in SUFFIXES)
-    named = [f"{count} {ending}" for ending, count in counts.most_common(5)]
+    # An ending need not be text that can be printed.
+    named = [f"{count} {ascii(ending)[1:-1]}" for ending, count in counts.most_common(5)]
     others = counts.total() - sum(count for _, count in counts.most_common(5))
     return ", ".join([*named, f"{others} others"] if others else named)
 

@@ -112,28 +112,31 @@ class _Box(NamedTuple):
 def _tiles(box: _Box, side: int, margin: int, within: _Box) -> Iterator[tuple[_Box, _Box]]:
     """Parts of `box`, and of each the part of `within` that is `margin` pixels larger.
 
-    No larger part has more pixels than that of a square of `side` has; of all such grids it is the
-    one that computes the least. All larger parts are of one size, moved inwards at the edges of
+    No larger part has more pixels than that of a square of `side` has; of such grids it is the one
+    that computes the least. All larger parts are of one size, moved inwards at the edges of
     `within`: the memory of one is then what the next needs.
     """
-    height, width = box.bottom - box.top, box.right - box.left
+    length = box.bottom - box.top, box.right - box.left
+    whole = within.bottom - within.top, within.right - within.left
     most = (side + 2 * margin) ** 2
 
-    def larger(length: int, parts: int, whole: int) -> int:
-        return min(math.ceil(length / parts) + 2 * margin, whole)
+    def larger(axis: int, parts: int) -> int:
+        return min(math.ceil(length[axis] / parts) + 2 * margin, whole[axis])
 
-    whole = within.bottom - within.top, within.right - within.left
-    grids = []  # (pixels computed, rows, columns)
-    for rows in range(1, math.ceil(height / side) + 1):
-        tall = larger(height, rows, whole[0])
-        widest = most // tall
-        if widest < min(whole[1], 2 * margin + 1):
-            continue
-        columns = 1 if widest >= whole[1] else math.ceil(width / (widest - 2 * margin))
-        wide = larger(width, columns, whole[1])
-        grids.append((rows * columns * tall * wide, rows, columns))
-    _, rows, columns = min(grids)
-    tall, wide = larger(height, rows, whole[0]), larger(width, columns, whole[1])
+    def grids(one: int, other: int) -> Iterator[dict[int, int]]:
+        """Parts along each axis: a number along `one`, and the least along the `other`."""
+        for parts in range(1, math.ceil(length[one] / side) + 1):
+            longest = most // larger(one, parts)
+            if longest >= whole[other]:
+                yield {one: parts, other: 1}
+            elif longest > 2 * margin:
+                yield {one: parts, other: math.ceil(length[other] / (longest - 2 * margin))}
+
+    def computed(grid: dict[int, int]) -> int:
+        return math.prod(parts * larger(axis, parts) for axis, parts in grid.items())
+
+    grid = min((*grids(0, 1), *grids(1, 0)), key=computed)
+    (rows, tall), (columns, wide) = ((grid[axis], larger(axis, grid[axis])) for axis in (0, 1))
     for top, bottom in _stretches(box.top, box.bottom, rows):
         for left, right in _stretches(box.left, box.right, columns):
             y = min(max(top - margin, within.top), within.bottom - tall)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -57,6 +58,19 @@ def test_make_dataset_refuses(tmp_path: Path) -> None:
     message = refuse(*folder, "--input", tmp_path / "scans")
     assert "by the endings of their names, its files are: 2 .dcm, 1 without" in message
     assert not output.exists()
+
+
+def test_make_dataset_says_what_it_passed_over_whatever_it_is_called(
+    photographs: Path, tmp_path: Path
+) -> None:
+    """Neither a name that is no text ends it, nor are its own lists counted."""
+    source = Path(shutil.copytree(photographs, tmp_path / "in"))
+    Path(os.fsdecode(bytes(source) + b"/scan.\xff\xfe")).touch()
+    (source / "images").mkdir()
+    (source / "images" / "train.txt").touch()
+    words = ("--source", "folder", "--input", source, "--output", source / "images")
+    done = succeed("tools/make_dataset.py", *words, PYTHONIOENCODING="utf-8:strict")
+    assert "in: not looked at, by the endings of their names: 1 .\\udcff\\udcfe\n" in done.stdout
 
 
 def test_split_dataset_refuses(tmp_path: Path) -> None:

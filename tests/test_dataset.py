@@ -257,6 +257,21 @@ def test_split_keeps_groups_together(tmp_path: Path) -> None:
     assert sorted(sides.values()) == ["train"] * 19 + ["val"], "a whole group crossed over"
 
 
+def test_a_group_stays_on_its_side_when_its_pictures_have_other_names(tmp_path: Path) -> None:
+    """Where the group had crossed over, so that its hash says otherwise."""
+    for seed in range(40):
+        folder = tmp_path / str(seed)
+        for patient in range(4):
+            noise(folder / f"{patient}_0.png", patient, side=8)
+        dataset.split(folder, 0.01, seed=seed, group_by="^[0-9]+")
+        (crossed,) = lists(folder)[1]
+        (folder / crossed).rename(folder / crossed.replace("_0", "_1"))
+        for patient in range(4, 7):
+            noise(folder / f"{patient}_0.png", patient, side=8)
+        dataset.split(folder, 0.01, seed=seed, group_by="^[0-9]+")
+        assert crossed.replace("_0", "_1") in lists(folder)[1]
+
+
 def sides_of_groups(folder: Path) -> dict[str, str]:
     """The one side of every group by the first three characters of names."""
     found: dict[str, set[str]] = {}
@@ -269,8 +284,9 @@ def sides_of_groups(folder: Path) -> dict[str, str]:
 def test_split_refuses_groups_that_cannot_be_kept_together(tmp_path: Path) -> None:
     for name, seed in (("a_1", 1), ("a_2", 2), ("b_1", 3), ("b_2", 4), ("c_1", 5)):
         noise(tmp_path / f"{name}.png", seed, side=8)
-    with pytest.raises(UserError, match=r"'\(' is no regular expression: missing \)"):
-        dataset.split(tmp_path, 0.5, seed=0, group_by="(")
+    for wrong, why in (("(", r"missing \)"), ("a{99999999999999999999}", "")):
+        with pytest.raises(UserError, match=f"--group-by: .* is no regular expression: {why}"):
+            dataset.split(tmp_path, 0.5, seed=0, group_by=wrong)
     with pytest.raises(UserError, match=r"'\\\\d\\\\d' finds nothing in a_1.png"):
         dataset.split(tmp_path, 0.5, seed=0, group_by=r"\d\d")
     with pytest.raises(UserError, match="holds one group by --group-by 'png', 5 times"):

@@ -336,6 +336,11 @@ def test_names_that_the_report_needs_itself(
 def test_models_are_called_by_the_end_of_their_paths_where_that_tells_them_apart() -> None:
     paths = [Path("runs/a"), Path("a"), Path("b/netG_4x.pth.tar"), Path("swift_srgan_x4")]
     assert generators.names(paths) == ["runs/a", "a", "netG_4x", "swift_srgan_x4"]
+    homes = [Path("/home/of/x/model"), Path("/home/of/y/model"), Path("/home/of/x/model")]
+    assert generators.names(homes) == ["x/model", "y/model", "x/model"], "no more than is needed"
+    runs = [Path("runs/a/best"), Path("runs/b/checkpoints/step-00000012")]
+    assert generators.names(runs) == ["a/best", "b/step-00000012"]
+    assert generators.names([Path("best"), Path("..")]) == ["best", Path.cwd().parent.name]
 
 
 def test_report_shows_the_two_results_that_are_furthest_apart(picture: images.Picture) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -76,6 +76,21 @@ def test_tiles_cover_the_picture_and_see_enough(
     shapes = {(seen.bottom - seen.top, seen.right - seen.left) for _, seen in larges}
     assert len(shapes) == 1
     assert math.prod(shapes.pop()) <= (scale * tile + 2 * (far + near)) ** 2
+
+
+@settings(deadline=None)
+@given(st.integers(1, 2600), st.integers(1, 2600), st.integers(100, 600), st.integers(1, 60))
+def test_a_picture_turned_takes_the_tiles_turned(
+    height: int, width: int, side: int, margin: int
+) -> None:
+    """Also of portraits the tiles are those that compute the least."""
+
+    def computed(height: int, width: int) -> int:
+        whole = upscale._Box(0, height, 0, width)
+        tiles = upscale._tiles(whole, side, margin, whole)
+        return sum((seen.bottom - seen.top) * (seen.right - seen.left) for _, seen in tiles)
+
+    assert computed(height, width) == computed(width, height)
 
 
 def assert_enough(box: Any, seen: Any, margin: int, whole: Any) -> None:

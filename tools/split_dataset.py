@@ -2,14 +2,16 @@
 """Divide a folder of pictures into training and validation lists."""
 
 import argparse
+import logging
+import sys
 from pathlib import Path
 
 from sr_dist.errors import exit_on_user_error
 
-EXAMPLE = """
+EXAMPLE = r"""
 examples:
   python tools/split_dataset.py --images data/images --val-fraction 0.1
-  python tools/split_dataset.py --images data/xrays --group-by '[0-9]+'    # patients: 00001_000.png
+  python tools/split_dataset.py --images data/xrays --group-by '([0-9]+)_[0-9]+\.png$'  # by patient
 
 Writes train.txt and val.txt, with paths relative to them. The bytes of a picture (and --seed)
 decide where it goes, and a picture that is listed already stays where it is, so new pictures move
@@ -54,6 +56,7 @@ def main() -> None:
     with exit_on_user_error():
         from sr_dist import dataset
 
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         train, validation = dataset.split(
             arguments.images,
             arguments.val_fraction,
