@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
                 f"the shuffle windows hold {held} samples, and {index.samples} are all there are; "
                 "lower --batch-size, or raise --crop-size"
             )
-        # Not before the second epoch is well begun: what the fork shares comes apart until then.
+        # Not before the second epoch is well begun: the windows are full by then.
         begun = min(steps, max(steps // 10, source.plan.steps_per_epoch * 5 // 4))
         used = [
             _megabytes()
@@ -114,15 +114,15 @@ def _write_shards(folder: Path, tile: int) -> Path:
 
 
 def _megabytes() -> float:
-    """Resident, of this process and those it started; what they share is counted once.
+    """Resident, of this process and those it started; what a fork shares is counted for each.
 
-    Without the pages of files, libraries' that is: of those, other processes have their parts, and
-    come and go.
+    (Divided among them, it would seem to grow as it comes apart.) Without the pages of files,
+    libraries' that is: of those, other processes have their parts, and come and go.
     """
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     total = 0
     for pid in pids:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        kinds = ("Pss_Anon:", "Pss_Shmem:")
+        kinds = ("Anonymous:", "Pss_Shmem:")
         total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(kinds))
     return total * 1024 / 1e6
