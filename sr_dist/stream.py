@@ -1,4 +1,4 @@
-"""Batches of crops from shards: open, skip to the position, decode, crop, downscale.
+"""Crops from shards: open, skip to the position, decode, crop, downscale.
 
 The position is a step number: a stream that begins at step t gives the batches that an unbroken one
 gives from step t on, on any number of ranks and workers (see `shards`).
@@ -6,23 +6,18 @@ gives from step t on, on any number of ranks and workers (see `shards`).
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import itertools
-import multiprocessing
 import resource
-import signal
-from collections.abc import Generator, Iterator, Sequence
-from multiprocessing import connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from sr_dist import images, shard_reader, shards, storage, tars, tensors
 from sr_dist.degradation import Degradation, degrade
@@ -37,7 +32,7 @@ class Batch(NamedTuple):
     skipped: tuple[str, ...]  # samples that gave way to others, and why
 
 
-class _Packed(NamedTuple):
+class Packed(NamedTuple):
     """A `Batch` on its way from a loader worker: plain arrays, which go through its pipe.
 
     Tensors would go through shared memory, which costs more for crops than copying them does, and
@@ -49,7 +44,7 @@ class _Packed(NamedTuple):
     skipped: tuple[str, ...]
 
     @classmethod
-    def of(cls, batch: Batch) -> _Packed:
+    def of(cls, batch: Batch) -> Packed:
         lr, hr = (each.permute(0, 2, 3, 1).contiguous().numpy() for each in batch[:2])
         return cls(lr, hr, batch.skipped)
 
@@ -67,7 +62,7 @@ class EncodedCrop(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What becomes a `Batch` on the device, see `on_device`."""
+    """What becomes a `Batch` on the device, see `loading.on_device`."""
 
     crops: tuple[EncodedCrop, ...]
     skipped: tuple[str, ...]
@@ -77,16 +72,16 @@ class DataError(UserError):
     """A shard that does not hold what its index says, or a loader that ended."""
 
 
-_Item = Batch | _Packed | Encoded | DataError
+Item = Batch | Packed | Encoded | DataError
 
 
 @dataclasses.dataclass(frozen=True)
 class CropStream(IterableDataset[Any]):
     """Yields the rows of global steps `first_step` to `last_step` that belong to this worker.
 
-    Each item is a `Batch` (`_Packed` in a loader worker, `Encoded` where `decode` is nvjpeg), or a
+    Each item is a `Batch` (`Packed` in a loader worker, `Encoded` where `decode` is nvjpeg), or a
     `DataError` in place of raising it: an exception that crosses processes loses its type. Make
-    batches of them with `batches`.
+    batches of them with `loading.batches`.
     """
 
     index: shards.Index
@@ -104,7 +99,7 @@ class CropStream(IterableDataset[Any]):
     settings: storage.Settings = storage.DEFAULT
     decode: str = "cpu"  # or nvjpeg: JPEGs are left for the device to decode
 
-    def __iter__(self) -> Iterator[_Item]:
+    def __iter__(self) -> Iterator[Item]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         rows = shards.rows_of_worker(
@@ -127,7 +122,7 @@ class CropStream(IterableDataset[Any]):
                 else:
                     lr = tensors.downscale(hr, self.scale)
                 batch = Batch(lr, hr, reader.report())
-                yield batch if info is None else _Packed.of(batch)
+                yield batch if info is None else Packed.of(batch)
         except UserError as error:
             yield error if isinstance(error, DataError) else DataError(str(error))
 
@@ -327,158 +322,6 @@ class _Reader:
         )
         address = self.stream.index.address(member.shard)
         return DataError(f"shard {address}{said}" + advice * (self.stream.on_error == "stop"))
-
-
-def batches(
-    stream: CropStream, num_workers: int, pin_memory: bool
-) -> Generator[Batch | Encoded, None, None]:
-    """This rank's batches: one from the rows that each of its loader workers makes.
-
-    Raises:
-        DataError: a shard is damaged, or a worker was killed.
-    """
-    per_rank = stream.plan.global_batch_size // stream.world_size
-    num_workers = min(num_workers, per_rank)
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_one_thread,
-        collate_fn=_as_it_is,  # which by default makes tensors of arrays
-    )
-    others = set(multiprocessing.active_children())
-    parts = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
-    at_exit = functools.partial(_kill, workers)
-    atexit.register(at_exit)
-    try:
-        for _ in range(stream.first_step, stream.last_step):
-            # Workers take turns, so consecutive items are the parts of one batch.
-            rows = [_checked(_next(parts, workers)) for _ in range(max(1, num_workers))]
-            batch = _joined(rows)
-            if pin_memory and isinstance(batch, Batch):  # which the joining would undo
-                batch = batch._replace(lr=batch.lr.pin_memory(), hr=batch.hr.pin_memory())
-            yield batch
-    finally:
-        # Left to a traceback, the workers would be ended by the garbage collector, which closes
-        # their queues first and then waits 5 s for each.
-        del parts
-        # An error's traceback may hold on to them. At the end of the interpreter, multiprocessing
-        # would wait for ever for them to follow a SIGTERM, which they ignore.
-        if not any(worker.is_alive() for worker in workers):
-            atexit.unregister(at_exit)
-
-
-def _next(parts: Iterator[_Item], workers: set[BaseProcess]) -> _Item:
-    try:
-        return next(parts)
-    except (RuntimeError, ConnectionError, EOFError):  # where it met the end of the process
-        dead = connection.wait([worker.sentinel for worker in workers], timeout=5)
-        codes = {worker.exitcode for worker in workers if worker.sentinel in dead}
-        if not codes:
-            raise
-        raise DataError(
-            f"a loader worker ended with status {codes.pop()} (-9: killed, as by a system that "
-            "runs out of memory; fewer data.num_workers need less). Run the same command to go on "
-            "from the last checkpoint."
-        ) from None
-
-
-def _kill(workers: set[BaseProcess]) -> None:
-    for worker in workers:
-        worker.kill()
-
-
-def _joined(rows: list[Batch | Encoded]) -> Batch | Encoded:
-    skipped = tuple(itertools.chain.from_iterable(row.skipped for row in rows))
-    if isinstance(rows[0], Encoded):
-        encoded = [row.crops for row in rows if isinstance(row, Encoded)]
-        return Encoded(tuple(itertools.chain.from_iterable(encoded)), skipped)
-    if len(rows) == 1:
-        return rows[0]
-    decoded = [row for row in rows if isinstance(row, Batch)]
-    lr, hr = (torch.cat([getattr(row, name) for row in decoded]) for name in ("lr", "hr"))
-    return Batch(lr, hr, skipped)
-
-
-def decoded(batch: Encoded, device: torch.device, scale: int) -> Batch:
-    """The crops of JPEGs, decoded on `device`: by nvJPEG on a GPU.
-
-    Raises:
-        DataError: one of them is damaged behind its header.
-    """
-    from torchvision import io  # at need: slow to import
-
-    def decode(crops: Sequence[EncodedCrop]) -> list[Tensor]:
-        data = [torch.frombuffer(bytearray(crop.data), dtype=torch.uint8) for crop in crops]
-        found: list[Tensor] = io.decode_jpeg(data, mode=io.ImageReadMode.RGB, device=device)
-        return found
-
-    try:
-        pictures = decode(batch.crops)
-    except RuntimeError:
-        for crop in batch.crops:  # to name the one
-            try:
-                decode([crop])
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise DataError(f"{crop.where} cannot be decoded: {reason}") from None
-        raise
-    cut = [
-        tensors.crop(picture, each.crop)
-        for each, picture in zip(batch.crops, pictures, strict=True)
-    ]
-    hr = torch.stack(cut).contiguous(memory_format=torch.channels_last)
-    return Batch(tensors.downscale(hr, scale), hr, batch.skipped)
-
-
-def on_device(
-    batches: Iterator[Batch | Encoded], device: torch.device, scale: int
-) -> Iterator[Batch]:
-    """The batches on `device`; on a GPU each is copied while the one before it is trained on.
-
-    What `batches` gives should be pinned, or the copies wait. `scale`: of what is decoded there.
-    """
-    if device.type != "cuda":
-        for each in batches:
-            yield decoded(each, device, scale) if isinstance(each, Encoded) else each
-        return
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    copied: Batch | None = None
-    for batch in itertools.chain(batches, [None]):
-        ready, copied = copied, None
-        if ready is not None:
-            now = torch.cuda.current_stream(device)
-            now.wait_stream(side)
-            for tensor in (ready.lr, ready.hr):  # made on the one, and freed on the other
-                tensor.record_stream(now)
-        if batch is not None:
-            with torch.cuda.stream(side):
-                if isinstance(batch, Encoded):
-                    copied = decoded(batch, device, scale)
-                else:
-                    lr, hr = (x.to(device, non_blocking=True) for x in (batch.lr, batch.hr))
-                    copied = batch._replace(lr=lr, hr=hr)
-        if ready is not None:
-            yield ready
-
-
-def _checked(item: _Item) -> Batch | Encoded:
-    if isinstance(item, DataError):
-        raise item
-    return item.unpacked() if isinstance(item, _Packed) else item
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-    # What stops a run is sent to all its processes, but the rank decides, and needs its batches.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)
 
 
 def _allow_open_files() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sr_dist import shards, storage, stream
+from sr_dist import loading, shards, storage, stream
 from sr_dist.degradation import Degradation
 
 NONE = Degradation()
@@ -58,7 +58,7 @@ def stream_of(
 def read_batches(folder: Path | str, *, num_workers: int = 0, **options: Any) -> list[stream.Batch]:
     """The batches of `stream_of(folder, **options)`."""
     source = stream_of(folder, **options)
-    return list(stream.batches(source, num_workers=num_workers, pin_memory=False))
+    return list(loading.batches(source, num_workers=num_workers, pin_memory=False))
 
 
 def read(folder: Path | str, **options: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -17,9 +17,9 @@ from sr_dist import (
     distributed,
     gan,
     images,
+    loading,
     models,
     shard_writer,
-    stream,
     tensors,
     train,
     upscale,
@@ -100,9 +100,9 @@ def test_steps_learn_without_waiting_for_the_device(processes: distributed.Proce
 
 def test_batches_are_copied_ahead(sharded: Path, device: torch.device) -> None:
     source = stream_of(sharded, last=12)
-    expected = list(stream.batches(source, num_workers=0, pin_memory=False))
-    ahead = stream.batches(source, num_workers=1, pin_memory=True)
-    found = list(stream.on_device(ahead, device, 4))
+    expected = list(loading.batches(source, num_workers=0, pin_memory=False))
+    ahead = loading.batches(source, num_workers=1, pin_memory=True)
+    found = list(loading.on_device(ahead, device, 4))
     assert len(found) == len(expected) == 12
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.hr.device.type == mine.lr.device.type == "cuda"
@@ -114,8 +114,8 @@ def test_jpegs_are_decoded_there(photographs: Path, tmp_path: Path, device: torc
     shard_writer.write(images.list_pictures(photographs), tmp_path, options)
     expected = read_batches(tmp_path, last=6)
     source = stream_of(tmp_path, last=6, decode="nvjpeg")
-    encoded = stream.batches(source, num_workers=1, pin_memory=True)
-    for mine, theirs in zip(stream.on_device(encoded, device, 4), expected, strict=True):
+    encoded = loading.batches(source, num_workers=1, pin_memory=True)
+    for mine, theirs in zip(loading.on_device(encoded, device, 4), expected, strict=True):
         assert mine.hr.device.type == "cuda"
         difference = (mine.hr.cpu().int() - theirs.hr.int()).abs().float()
         assert difference.mean() < 1

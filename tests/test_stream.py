@@ -11,7 +11,17 @@ import torch
 import webdataset
 from PIL import Image
 
-from sr_dist import images, indexing, shard_reader, shard_writer, shards, stream, tars, tensors
+from sr_dist import (
+    images,
+    indexing,
+    loading,
+    shard_reader,
+    shard_writer,
+    shards,
+    stream,
+    tars,
+    tensors,
+)
 from sr_dist.degradation import Degradation
 from sr_dist.errors import UserError
 from tests.streams import assert_equal, joined, read, read_batches, stream_of
@@ -47,9 +57,9 @@ def test_jpegs_can_be_left_for_the_device_to_decode(
     shard_writer.write(images.list_pictures(photographs), tmp_path, options)
     expected = read_batches(tmp_path)
     source = stream_of(tmp_path, decode="nvjpeg")
-    encoded = list(stream.batches(source, num_workers=num_workers, pin_memory=False))
+    encoded = list(loading.batches(source, num_workers=num_workers, pin_memory=False))
     assert all(isinstance(batch, stream.Encoded) and len(batch.crops) == 6 for batch in encoded)
-    found = list(stream.on_device(iter(encoded), torch.device("cpu"), 4))
+    found = list(loading.on_device(iter(encoded), torch.device("cpu"), 4))
     assert len(found) == len(expected) == 6
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.hr.is_contiguous(memory_format=torch.channels_last)

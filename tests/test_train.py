@@ -28,6 +28,7 @@ from sr_dist import (
     gan,
     generators,
     images,
+    loading,
     machine,
     models,
     remote,
@@ -164,14 +165,14 @@ def test_the_discriminator_waits_for_the_warm_up(recipe: Path) -> None:
 def test_schedule_warm_up_and_waiting_as_tensorboard_shows_them(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stream.batches
+    real = loading.batches
 
     def slow(*arguments: object, **options: object) -> Iterator[stream.Batch]:
         for batch in real(*arguments, **options):  # type: ignore[arg-type]
             time.sleep(0.05)
             yield batch
 
-    monkeypatch.setattr(stream, "batches", slow)
+    monkeypatch.setattr(loading, "batches", slow)
     result = train.run(
         load(recipe, "tracking.log_every_steps=1", "optimizer.generator.schedule=cosine")
     )

@@ -17,6 +17,7 @@ from sr_dist import (
     files,
     finite,
     gan,
+    loading,
     lpips,
     resuming,
     settings,
@@ -152,7 +153,7 @@ def batches(this: Run) -> Iterator[Iterator[stream.Batch]]:
     Its loader workers end with the block, whatever ends it.
     """
     data, inputs, processes = this.config.data, this.inputs, this.processes
-    batches = stream.batches(
+    batches = loading.batches(
         stream.CropStream(
             index=inputs.index,
             plan=inputs.plan,
@@ -173,7 +174,7 @@ def batches(this: Run) -> Iterator[Iterator[stream.Batch]]:
         pin_memory=processes.device.type == "cuda",
     )
     with contextlib.closing(batches):
-        on_device = stream.on_device(batches, processes.device, data.scale)
+        on_device = loading.on_device(batches, processes.device, data.scale)
         # Shards that cannot be read end it here. There is none where only an evaluation is to do.
         yield itertools.chain(list(itertools.islice(on_device, 1)), on_device)
 

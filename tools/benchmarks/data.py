@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measuring, memory, original, step
-from sr_dist import gan, images, shard_writer, shards, stream
+from sr_dist import gan, images, loading, shard_writer, shards, stream
 from sr_dist.distributed import joined
 
 SIDE = 1024  # of the photographs
@@ -77,7 +77,7 @@ def _ours(
         crops_per_image=crops_per_image,
         steps=10**9,
     )
-    return stream.batches(source, num_workers=1, pin_memory=False)
+    return loading.batches(source, num_workers=1, pin_memory=False)
 
 
 def _original(paths: list[Path], arguments: argparse.Namespace) -> Iterator[object]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import measuring
-from sr_dist import dataset, images, shard_writer, shards, stream
+from sr_dist import dataset, images, loading, shard_writer, shards, stream
 from sr_dist.degradation import Degradation
 from sr_dist.errors import UserError
 
@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         begun = min(steps, max(steps // 10, source.plan.steps_per_epoch * 5 // 4))
         used = [
             _megabytes()
-            for step, _ in enumerate(stream.batches(source, num_workers=1, pin_memory=False))
+            for step, _ in enumerate(loading.batches(source, num_workers=1, pin_memory=False))
             if step + 1 in (begun, steps)
         ]
     return {
