@@ -70,7 +70,7 @@ def test_jpegs_can_be_left_for_the_device_to_decode(
     broken = stream.Encoded((crop._replace(data=crop.data[:200]),), ())
     named = r"shard-00000\d\.tar: sample 0000000\d\d cannot be decoded: "
     with pytest.raises(stream.DataError, match=named):
-        stream.decoded(broken, torch.device("cpu"), 4)
+        loading.decoded(broken, torch.device("cpu"), 4)
 
 
 def test_turned_jpegs_cannot_be_left_for_it(photographs: Path, tmp_path: Path) -> None:
