@@ -18,7 +18,9 @@ examples:
       --scale 4 --output results/
 
 Writes metrics.json, metrics.csv (a row per picture), side-by-side pictures and report.html into the
-output folder. The last line printed is the content of metrics.json.
+output folder. The last line printed is the content of metrics.json. Gray pictures need a model of
+one channel; those of the package are measured on them as launch/upscale.py uses them, which
+enlarges gray as three equal channels with any model of colour.
 """
 
 

@@ -25,7 +25,8 @@ safetensors: a folder with model.safetensors, config.json and README.md (a model
   Hugging Face repository holds them; or, where --output ends in .safetensors, that file alone. Both
   open with sr_dist.load(PATH) and are taken as --checkpoint.
 
-The result is compared with the model before it appears; one that differs is not written.
+The result is compared with the model before it appears (of onnx where onnxruntime is installed, and
+said where it is not); one that differs is not written.
 """
 
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 META = "meta.json"
 TRAINING = "training.pt"
+_BEFORE = ".before.tmp"  # ends the name of one that is being replaced
 _CHECKSUM = "checksum"  # in meta.json, of the rest of it; older versions wrote none
 _GENERATORS = ("ema.safetensors", "generator.safetensors")
 
@@ -109,7 +110,11 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
     target = folder / f"step-{held.step:08d}"
     partial = target.with_suffix(".tmp")
     for stale in folder.glob("step-*.tmp"):  # of a run that was killed while it wrote
-        shutil.rmtree(stale)
+        whole = stale.with_name(stale.name.removesuffix(_BEFORE))
+        if stale.name.endswith(_BEFORE) and not whole.exists():  # between the renames below
+            os.rename(stale, whole)
+        else:
+            shutil.rmtree(stale)
     partial.mkdir(parents=True)
     # Through memory: written by torch itself, a full disk would be an error like any other.
     training = io.BytesIO()
@@ -122,7 +127,7 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
     text = json.dumps({**meta, _CHECKSUM: _checksum(meta)}, indent=1) + "\n"
     _write_file(partial / META, text.encode("utf-8"))
     _sync_folder(partial)
-    before = folder / f"step-{held.step:08d}.before.tmp"
+    before = folder / f"step-{held.step:08d}{_BEFORE}"
     if target.exists():  # of a stopped run that passed here before
         os.rename(target, before)
     os.rename(partial, target)
@@ -348,13 +353,18 @@ def find_in(path: Path, names: Container[str] | None = _GENERATORS) -> Checkpoin
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Checkpoints, newest first by number."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=_step, reverse=True)
+    """Checkpoints, newest first by number.
+
+    One that was about to be replaced when its run was killed counts where nothing has its place.
+    """
+    names = {path.name for path in folder.glob("step-*")}
+    found = [name for name in names if name.removesuffix(_BEFORE)[5:].isdigit()]
+    found = [name for name in found if name.removesuffix(_BEFORE) not in names - {name}]
+    return sorted((folder / name for name in found), key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:
-    return int(folder.name[5:])
+    return int(folder.name.removesuffix(_BEFORE)[5:])
 
 
 def _write_file(path: Path, data: bytes | memoryview) -> str:

@@ -311,7 +311,12 @@ class Evaluation:
         "numbers",
         choices=("main", "all"),
     )
-    tile: int = setting(256, "side of the LR tiles that bound memory, pixels", minimum=16)
+    tile: int | None = setting(
+        None,
+        "side of the LR tiles that bound memory, pixels; null: as many pixels as the crops that a "
+        "process trains on at once have",
+        minimum=16,
+    )
     lpips: str | None = setting(
         None, "weights of torchvision's squeezenet1_1, a file: measure LPIPS too", path=True
     )
@@ -430,6 +435,12 @@ def _contradictions(config: Config) -> list[str]:
         problems.append(
             f"data.crop_size: {config.data.crop_size} is too small for the discriminator; use 32 "
             "or more, or loss.adversarial.weight=0"
+        )
+    left = config.data.crop_size - config.loss.content.shift
+    if config.loss.content.weight > 0 and left < 16:
+        problems.append(
+            f"loss.content.shift: leaves {left} pixels of data.crop_size "
+            f"{config.data.crop_size}, and the network needs 16"
         )
     if config.loss.adversarial.label_smoothing and config.loss.adversarial.kind in (
         "linear",

@@ -117,8 +117,10 @@ def _names(
     names = []
     for shard, sample, _ in shards.samples_of_step(plan, step):
         try:
-            key = next(shard_reader.read_range(index, shard, sample, sample + 1, reading)).key
+            found = next(shard_reader.read_range(index, shard, sample, sample + 1, reading))
+            key, damaged = found.key, bool(found.problem)
         except shard_reader.UnreadableShard:
-            key = ""
-        names.append(f"{index.shards[shard].name}/{key or f'number {sample}'}")
+            key, damaged = "", True
+        instead = " (damaged: another took its place)" * damaged
+        names.append(f"{index.shards[shard].name}/{key or f'number {sample}'}{instead}")
     return names

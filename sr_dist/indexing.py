@@ -89,10 +89,13 @@ def _header(sample: tars.Sample, least: int) -> images.Header:
     return header
 
 
-def verify(address: str, progress: Progress = lambda items, what, total: items) -> list[str]:
+def verify(
+    address: str, progress: Progress = lambda items, what, total: items, min_size: int = 1
+) -> list[str]:
     """All that is wrong with the shards of an index: files, bytes, hashes, counts and pictures.
 
-    Every picture is decoded. Of a damaged tar, what lies behind the damage is looked at too.
+    Every picture is decoded; one with a side shorter than `min_size` is wrong too. Of a damaged
+    tar, what lies behind the damage is looked at too.
     """
     found = shards.read_index(address)
     problems = []
@@ -112,7 +115,7 @@ def verify(address: str, progress: Progress = lambda items, what, total: items) 
         try:
             for place, sample in enumerate(samples):
                 if sample.key:
-                    problems += _picture_problems(where, sample, found)
+                    problems += _picture_problems(where, sample, found, min_size)
                 else:
                     lost.setdefault(sample.problem, []).append(place)
         except shard_reader.UnreadableShard as error:
@@ -125,7 +128,9 @@ def verify(address: str, progress: Progress = lambda items, what, total: items) 
     return problems
 
 
-def _picture_problems(where: str, sample: tars.Sample, found: shards.Index) -> Iterator[str]:
+def _picture_problems(
+    where: str, sample: tars.Sample, found: shards.Index, min_size: int
+) -> Iterator[str]:
     if sample.problem:
         yield f"{where}: sample {sample.key} {sample.problem}"
     try:
@@ -133,6 +138,8 @@ def _picture_problems(where: str, sample: tars.Sample, found: shards.Index) -> I
     except images.PictureError as error:
         yield f"{where}: sample {sample.key} {error}"
         return
-    if min(picture.shape[:2]) < found.smallest_side:
-        side = min(picture.shape[:2])
+    side = min(picture.shape[:2])
+    if side < found.smallest_side:
         yield f"{where}: sample {sample.key}: {side} pixels, below the index's smallest side"
+    elif side < min_size:
+        yield f"{where}: sample {sample.key}: {side} pixels, below --min-size {min_size}"

@@ -322,8 +322,13 @@ def _attempt(
                     f"{address} cannot be read at byte {at()} after {attempt} "
                     f"attempt{'s' if attempt > 1 else ''}: {reason}"
                 ) from None
-        time.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
+        pause(attempt)
     raise AssertionError("the last attempt returns or raises")
+
+
+def pause(attempt: int) -> None:
+    """Before the attempt that follows a failed one, counted from 1."""
+    time.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
 
 
 def _options(address: str, settings: Settings, whole: bool) -> dict[str, Any]:

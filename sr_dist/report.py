@@ -122,7 +122,7 @@ class Writer:
         return page.substitute(
             title=html.escape(f"Super-resolution ×{self.scale}: {named}"),
             about=f"{datetime.date.today().isoformat()} · {_briefly(self.protocol)} · pictures "
-            f'side by side, exact: <a href="{_PICTURES}/">{_PICTURES}/</a> · '
+            f'side by side, exact, and beside this file: <a href="{_PICTURES}/">{_PICTURES}/</a> · '
             f'<a href="{_TABLE}">{_TABLE}</a>',
             count=f"{number} pictures" if number != 1 else "1 picture",
             means=_table(means),

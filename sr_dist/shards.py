@@ -128,8 +128,25 @@ def read_index(address: str, settings: storage.Settings = storage.DEFAULT) -> In
 
 
 def _read_json(path: str, address: str, settings: storage.Settings) -> Any:
+    # Of a server's short answer that agrees with itself, only the text tells.
+    for attempt in range(1, settings.attempts if storage.is_remote(path) else 1):
+        try:
+            return json.loads(_read(path, address, settings))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
+            storage.pause(attempt)
     try:
-        return json.loads(storage.read_bytes(path, settings))
+        return json.loads(_read(path, address, settings))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+
+
+def _read(path: str, address: str, settings: storage.Settings) -> bytes:
+    try:
+        return storage.read_bytes(path, settings)
     except FileNotFoundError:
         if storage.is_remote(path):
             raise UserError(f"no shards at {address}: {path} does not exist") from None
@@ -138,10 +155,6 @@ def _read_json(path: str, address: str, settings: storage.Settings) -> Any:
             "'python tools/make_shards.py --images DIR --output DIR', or index existing tars with "
             "'python tools/make_shards.py index DIR'."
         ) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
     except OSError as error:
         reason = str(error) if path in str(error) else f"cannot read {path}: {error}"
         raise UserError(reason) from None

@@ -69,7 +69,7 @@ def check_cache(settings: Settings, files: Sequence[tuple[str, int, str]] = ()) 
         file.write(b"x")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-    kept = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    kept = sum(_size_of(path) or 0 for path in folder.glob("*.tar"))
     needed = min(sum(missing), max(0, most - kept)) + max(missing)  # one that is being fetched
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -83,8 +83,15 @@ def is_cached(settings: Settings, address: str, size: int, sha256: str) -> bool:
     """Whether a shard is in the cache."""
     if settings.cache_dir is None:
         return False
-    path = _place(settings, address, size, sha256)
-    return path.is_file() and path.stat().st_size == size
+    return _size_of(_place(settings, address, size, sha256)) == size
+
+
+def _size_of(path: Path) -> int | None:
+    """Bytes of a file of the cache; None where it is not there (any more: others make room)."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _place(settings: Settings, address: str, size: int, sha256: str) -> Path:
@@ -150,6 +157,11 @@ def open_file(
         if cached is not None:
             return cached
     return remote.open_file(address, settings, size)
+
+
+def pause(attempt: int) -> None:
+    """Before the attempt that follows a failed one, counted from 1."""
+    remote.pause(attempt)
 
 
 def read_bytes(address: str, settings: Settings = DEFAULT) -> bytes:
@@ -235,7 +247,7 @@ class _Cache:
                     return file
                 file.close()
             with self._locked(f"{key}.lock"):
-                if not (path.exists() and path.stat().st_size == size):
+                if _size_of(path) != size:
                     try:
                         self._fetch(address, path, size, sha256)
                     except OtherBytes as error:

@@ -109,7 +109,7 @@ def fill_disk(recipe: Path, chance: random.Random) -> str:
 
 def damage(checkpoints: Path, chance: random.Random) -> str:
     """Damage the newest checkpoint in one of several ways."""
-    newest = max(path for path in checkpoints.iterdir() if path.name.startswith("step-"))
+    newest = max(path for path in checkpoints.iterdir() if path.name[5:].isdigit())
     victim = chance.choice(sorted(path for path in newest.iterdir() if path.is_file()))
     way = chance.choice(["truncated", "altered", "deleted", "emptied"])
     data = bytearray(victim.read_bytes())

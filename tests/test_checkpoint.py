@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 import types
@@ -96,6 +97,40 @@ def test_pruning_keeps_what_was_just_saved(tmp_path: Path) -> None:
     (tmp_path / "step-00000024" / "meta.json").unlink()
     assert save(tmp_path, 18, keep=1).is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000018"]
+
+
+def test_one_that_is_saved_again_is_there_whenever_the_writer_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between the old one's way out and the new one's way in."""
+    save(tmp_path, 3, generator=generator(1))
+    real, names = os.rename, []
+
+    def rename(source: Path, target: Path) -> None:
+        names.append(target.name)
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", rename)
+        save(tmp_path, 3, generator=generator(2))
+    assert not (tmp_path / "step-00000003").exists() and len(names) == 2
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None and found.step == 3
+    again = generator(0)
+    again.load_state_dict(found.weights("generator"))
+    assert_same(again, generator(1))
+    save(tmp_path, 4, generator=generator(4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    again.load_state_dict(checkpoint.verify(tmp_path / "step-00000003").weights("generator"))
+    assert_same(again, generator(1))
+    save(tmp_path, 3, keep=1, generator=generator(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None
+    again.load_state_dict(found.weights("generator"))
+    assert_same(again, generator(2))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "meta", "no meta"])

@@ -112,6 +112,14 @@ def test_values_out_of_range(tmp_path: Path, override: str, expected: str) -> No
     assert expected in str(caught.value)
 
 
+def test_a_shift_leaves_what_the_content_network_needs(tmp_path: Path) -> None:
+    small = ("loss.adversarial.weight=0", "data.crop_size=24")
+    load(tmp_path, LEAST, *small, "loss.content.shift=8")
+    with pytest.raises(UserError, match="shift: leaves 15 pixels of data.crop_size 24, and the n"):
+        load(tmp_path, LEAST, *small, "loss.content.shift=9")
+    load(tmp_path, LEAST, *small, "loss.content.shift=9", "loss.content.weight=0")
+
+
 def test_overrides_reach_sections_the_file_does_not_have(tmp_path: Path) -> None:
     loaded = load(tmp_path, LEAST, "loss.content.weight=0", "loss.content.weight=0.5")
     assert loaded.loss.content.weight == 0.5

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,11 @@ def test_a_picture_smaller_than_the_crop_stops_a_run_before_it_begins(
     with pytest.raises(UserError, match=message) as refused:
         train.run(load(recipe, *overrides(foreign, "stop")), dry=True)
     assert "--min-size 48" in str(refused.value) and "--tile" not in str(refused.value)
+    small = [each for each in indexing.verify(str(foreign), min_size=48) if SMALL in each]
+    assert [each.partition(": ")[2] for each in small] == [
+        f"sample {SMALL}: 40 pixels, below --min-size 48"
+    ]
+    assert not [each for each in indexing.verify(str(foreign)) if SMALL in each]
     target.unlink()  # as it advises
     _, unusable = indexing.index(sorted(foreign.glob("*.tar")), min_size=48)
     named = f"sample {SMALL} is 64x40 pixels"
@@ -74,3 +82,36 @@ def test_pictures_that_are_all_too_small_are_said_to_be(recipe: Path, foreign: P
     message = "no sample of .*foreign can be used; one of them: .* pixels, smaller than .* 96"
     with pytest.raises(UserError, match=message):
         train.run(load(recipe, *overrides(foreign, "skip"), "data.crop_size=96"))
+
+
+class _Touches:
+    """An object whose unpickling leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_members_are_never_opened(photographs: Path, tmp_path: Path) -> None:
+    trap, folder = tmp_path / "executed", tmp_path / "shards"
+    pickled = pickle.dumps(_Touches(trap))
+    pickle.loads(pickled)
+    assert trap.exists(), "or this is no test"
+    trap.unlink()
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(6):
+            for ending, data in (
+                *((each, pickled) for each in ("pkl", "pickle", "pyd", "pth")),
+                ("png", (photographs / "chelsea.png").read_bytes()),
+            ):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    indexing.index([folder / "00000.tar"])
+    assert indexing.verify(str(folder)) == []
+    batches = read_batches(folder, last=2, batch=2, crops=1)
+    assert [batch.hr.shape for batch in batches] == [(2, 3, 48, 48)] * 2
+    assert not trap.exists()

@@ -110,6 +110,18 @@ def test_each_term_alone_reaches_the_first_layer(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_reaches_the_generator_through_the_unet(
+    processes: Processes, batch: tuple[Tensor, Tensor], kind: str
+) -> None:
+    networks = build(processes, discriminator="unet")
+    goal = objective(processes, adversarial={"kind": kind, "weight": 1.0})
+    gan.generator_step(processes, networks, goal, parts(batch), None)
+    first = next(networks.generator.parameters()).grad
+    assert isinstance(first, Tensor) and first.abs().sum() > 0
+    assert networks.discriminator is not None and not grads(networks.discriminator)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("discriminator", ["swift_srgan", "srgan", "unet"])
 def test_discriminator_step_touches_the_discriminator_alone_and_learns(
     processes: Processes, batch: tuple[Tensor, Tensor], kind: str, discriminator: str

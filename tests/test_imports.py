@@ -27,7 +27,7 @@ LEVELS = [
     {"config", "model_files", "shard_reader"},
     {"gan", "stream", "checkpoint", "tracking", "dataset", "shard_writer", "upscale", "lpips"}
     | {"finite", "indexing"},
-    {"generators"},
+    {"generators", "loading"},
     {"evaluate", "sources", "export"},
     {"report", "archives", "validation", "resuming"},
     {"train"},

@@ -231,6 +231,17 @@ def test_an_array_job_writes_the_shards_of_one_machine(
     assert not list(REPOSITORY.glob(".dask-*.json"))
 
 
+def test_an_array_job_without_dask_fails(tmp_path: Path, slurm: dict[str, str]) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "env", "seq", "sleep", "rm"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    slurm |= {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_ID": "0"}
+    slurm["PATH"] = str(tmp_path / "bin")
+    job = ["bash", str(LAUNCH / "make_shards.sbatch"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(job, cwd=tmp_path, env=slurm, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "dask is not installed: pip install -e" in done.stderr
+
+
 def test_the_kubernetes_file_is_of_the_published_schema() -> None:
     """Kubeflow's objects come back from its own types as they were: they know all that is in it."""
     kubeflow = pytest.importorskip(

@@ -242,8 +242,12 @@ def test_content_weights_are_downloaded_by_one_at_a_time(
     assert downloads == [1]
 
 
+@pytest.mark.parametrize(
+    ("network", "file"),
+    [("mobilenet_v2", "mobilenet_v2-b0353104.pth"), ("vgg19", "vgg19-dcbb9e9d.pth")],
+)
 def test_content_weights_that_cannot_be_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, file: str
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
@@ -252,10 +256,10 @@ def test_content_weights_that_cannot_be_downloaded(
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(UserError) as caught:
-        losses.content_features("mobilenet_v2", "auto")
+        losses.content_features(network, "auto")
     for expected in (
-        "https://download.pytorch.org/models/mobilenet_v2",
-        str(tmp_path),
+        f"https://download.pytorch.org/models/{file}",
+        str(tmp_path / "hub" / "checkpoints" / file),
         "loss.content.weights=FILE",
         "loss.content.weight=0",
     ):

@@ -104,6 +104,32 @@ def test_recipes_of_the_family_are_here() -> None:
     assert wanted <= set(RECIPES)
 
 
+def test_recipes_are_what_their_comments_say() -> None:
+    """The published ones differ in scale alone; whole pictures are whole; the sharp one goes on."""
+    load = {name: config.load(REPOSITORY / "configs" / f"{name}.yaml") for name in RECIPES}
+    published = {
+        scale: dataclasses.asdict(load[name])
+        for scale, name in ((2, "swift_srgan_x2"), (8, "swift_srgan_x8"))
+    }
+    first = dataclasses.asdict(load["swift_srgan_x4_published"])
+    for scale, settings in published.items():
+        assert settings["data"].pop("scale") == scale
+        settings["run"].pop("name")
+    assert first["data"].pop("scale") == 4 and first["run"].pop("name")
+    assert published[2] == published[8] == first
+    weights = {term: values["weight"] for term, values in first["loss"].items()}
+    expected = {"pixel": 1.0, "content": 0.006, "adversarial": 0.001, "total_variation": 2e-8}
+    assert weights == expected and first["loss"]["adversarial"]["kind"] == "linear"
+    whole = load["swift_srgan_x4_1024"]
+    assert (whole.data.crop_size, whole.train.global_batch_size) == (1024, 2)
+    sharp = load["swift_srgan_x4"]
+    description = dataclasses.asdict(sharp.model.generator)
+    description |= {"scale": sharp.data.scale, "channels": sharp.data.channels}
+    assert sharp.train.start_from == "swift_srgan_x4_psnr"
+    start = generators.load_state(Path(sharp.train.start_from), description)
+    assert start.keys() == models.build_generator(**description).state_dict().keys()
+
+
 def test_every_recipe_is_in_the_list() -> None:
     page = (REPOSITORY / "configs" / "README.md").read_text()
     listed = page.partition("| recipe | trains |\n")[2].partition("\n\n")[0]

@@ -79,7 +79,10 @@ def test_a_stopped_run_ends_bit_identical(recipe: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "model",
     [
-        ("model.generator.name=srgan", "model.discriminator.name=srgan"),
+        (
+            *("model.generator.name=srgan", "model.discriminator.name=srgan"),
+            "model.discriminator.spectral_norm=true",
+        ),
         ("model.discriminator.name=unet",),
     ],
     ids=["srgan", "unet"],

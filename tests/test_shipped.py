@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sr_dist
@@ -25,7 +27,7 @@ def test_they_are_those_that_are_told_of() -> None:
         size = sum(path.stat().st_size for path in folder.iterdir())
         assert size < 1_000_000
         card = (folder / "README.md").read_text()
-        for part in ("## Data", "CC0", "Set5", "commit", "## Licence"):
+        for part in ("## Data", "CC BY-SA", "Set5", "Set14", "minutes", "```yaml", "## Licence"):
             assert part in card, f"the card of {name} lacks {part}"
         assert sum(p.numel() for p in sr_dist.load(name).parameters()) < 210_000
 
@@ -38,6 +40,33 @@ def test_they_do_as_well_as_when_they_were_measured(photographs: Path, tmp_path:
         row["name"]: row["psnr"] for row in json.loads(done.stdout.splitlines()[-1])["results"]
     }
     assert found == pytest.approx({"bicubic": BICUBIC, **RECORDED}, abs=0.005)
+
+
+def test_they_do_on_set5_what_their_cards_say(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "benchmarks" / "Set5"
+    done = succeed(
+        *("launch/evaluate.py", "--data", folder / "HR", "--lr", folder / "LR_bicubic" / "X4"),
+        *(word for name in RECORDED for word in ("--checkpoint", name)),
+        *("--lpips", shared / "weights" / "squeezenet1_1_imagenet.pth", "--output", tmp_path),
+    )
+    for row in json.loads(done.stdout.splitlines()[-1])["results"]:
+        card = (generators.SHIPPED / row["name"] / "README.md").read_text()
+        said = re.search(r"PSNR ([\d.]+) dB, SSIM ([\d.]+), LPIPS ([\d.]+)", card)
+        assert said is not None
+        found = [row["psnr"], row["ssim"], row["lpips"]]
+        assert found == pytest.approx([float(each) for each in said.groups()], abs=0.0006)
+
+
+def test_between_the_two_lies_what_the_readme_makes(tmp_path: Path) -> None:
+    names = ("swift_srgan_x4_psnr", "swift_srgan_x4")
+    words = ("--interpolate", *names, "--alpha", 0.25, "--format", "safetensors", "--output")
+    succeed("launch/export.py", *words, tmp_path / "between")
+    one, other, between = (
+        dict(sr_dist.load(path).named_parameters()) for path in (*names, tmp_path / "between")
+    )
+    for name, value in between.items():
+        expected = 0.75 * one[name] + 0.25 * other[name]
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
 
 
 def test_pictures_are_enlarged_and_measured_without_naming_a_model(

@@ -474,9 +474,9 @@ def test_the_cache_keeps_to_its_size(server: Server, sharded: Path, tmp_path: Pa
         shard_reader.check_files(index, small)
 
 
-def _use_all(address: str, folder: str, order: list[int]) -> int:
+def _use_all(address: str, folder: str, order: list[int], most: int = 10**9) -> int:
     index = shards.read_index(address)
-    cached = storage.Settings(cache_dir=folder)
+    cached = storage.Settings(cache_dir=folder, cache_bytes=most)
     total = 0
     for number in order:
         shard = index.shards[number]
@@ -504,6 +504,67 @@ def test_several_processes_fill_the_cache_together(
     for path in sharded.glob("*.tar"):
         asked = [r for r in server.asked(f"/s/{path.name}")]
         assert len(asked) == 1, "one process fetches for all"
+
+
+@pytest.mark.multiprocess
+def test_several_processes_share_a_cache_that_holds_one_shard(
+    server: Server, sharded: Path, tmp_path: Path
+) -> None:
+    """What one of them has just found there may be gone, to make room for another's."""
+    address, index = serve(server, sharded), shards.read_index(str(sharded))
+    most = max(shard.bytes for shard in index.shards)
+    orders = [[0, 1, 2] * 8, [2, 1, 0] * 8, [1, 0, 2] * 8, [0, 2, 1] * 8]
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        folder = str(tmp_path)
+        results = [pool.apply_async(_use_all, (address, folder, its, most)) for its in orders]
+        totals = {result.get(timeout=120) for result in results}
+    assert totals == {8 * sum(shard.bytes for shard in index.shards)}
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= most
+
+
+def test_a_cache_tells_shards_apart_by_address_size_and_bytes(
+    server: Server, tmp_path: Path
+) -> None:
+    cached = storage.Settings(cache_dir=str(tmp_path))
+    for place, body in (("/a/x.tar", b"a" * 9), ("/b/x.tar", b"b" * 9), ("/a/x.tar", b"c" * 9)):
+        address = server.serve(place, data(body))
+        known = {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+        with storage.open_file(address, cached, **known) as file:  # type: ignore[arg-type]
+            assert file.read() == body
+    assert len(list(tmp_path.glob("*.tar"))) == 3
+
+
+def test_pauses_between_attempts_double_up_to_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # of the pauses of these tests
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for attempt in range(1, 10):
+        storage.pause(attempt)
+    assert slept == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_every_failed_attempt_is_followed_by_a_pause(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[int] = []
+    monkeypatch.setattr(remote, "pause", pauses.append)
+    address = server.serve("/a.tar", status(503), status(503), data(b"x" * 10))
+    with storage.open_file(address, QUICK, size=10) as file:
+        assert file.read() == b"x" * 10
+    assert pauses == [1, 2]
+
+
+def test_an_index_of_which_a_server_sends_a_part_is_asked_for_again(
+    server: Server, sharded: Path
+) -> None:
+    body = (sharded / "index.json").read_bytes()
+    address = server.serve("/s/index.json", data(body[:99]), data(body[:-3]), data(body))
+    index = shards.read_index(address, QUICK)
+    assert index.fingerprint == shards.read_index(str(sharded)).fingerprint
+    address = server.serve("/t/index.json", data(body[:99]))
+    with pytest.raises(UserError, match=r"t/index.json is not valid JSON \("):
+        shards.read_index(address, QUICK)
+    assert len(server.asked("/t/index.json")) >= QUICK.attempts
 
 
 @pytest.mark.parametrize(

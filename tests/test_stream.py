@@ -99,7 +99,13 @@ def test_workers_do_not_change_the_batches(sharded: Path, num_workers: int) -> N
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_ranks_hold_the_rows_of_the_one_batch(sharded: Path, world_size: int) -> None:
     of_ranks = [read(sharded, rank=r, world_size=world_size) for r in range(world_size)]
-    assert_equal(joined(of_ranks), read(sharded))
+    whole = read(sharded)
+    assert_equal(joined(of_ranks), whole)
+    for first in (3, 4):  # going on on others than it began on; of each picture there are two crops
+        rest = [
+            read(sharded, first=first, rank=r, world_size=world_size) for r in range(world_size)
+        ]
+        assert_equal(joined(rest), whole[first:])
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])

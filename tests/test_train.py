@@ -39,6 +39,7 @@ from sr_dist import (
     train,
 )
 from sr_dist.errors import UserError
+from sr_dist.train import building, checks
 from tests.helpers import REPOSITORY, refuse, run, run_ranks, succeed
 from tests.local_server import Server, data, status
 from tests.runs import (
@@ -533,7 +534,9 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(recipe: Path, tmp_pat
     assert all(torch.isfinite(value).all() for value in tensors.values())
     done = run_ranks(2, "tests/workers/poisoned_rank.py", recipe, "run.name=stops")
     assert done.returncode != 0
-    assert done.stderr.count("not finite at step 5: loss/generator, loss/pixel of rank 1, on") == 1
+    its = ", ".join(samples_of(recipe, step=5)[1][4:])  # the second half of the batch
+    what = f"not finite at step 5: loss/generator, loss/pixel of rank 1, on samples {its}. "
+    assert done.stderr.count(what) == 1
     assert 'poisoned_rank.py", line' not in done.stderr, "no traceback of ours"
 
 
@@ -793,6 +796,32 @@ def test_nothing_is_read_back_between_log_points(
     assert now[0] == 18
     # Before the first step all kinds of things are read; at the last one the epoch ends.
     assert {step for step in read if step} == {5, 10, 15, 18}
+
+
+def test_a_torchvision_without_nvjpeg_is_told_of_before_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    checks._check_nvjpeg(cpu)  # which decodes JPEGs
+
+    def refusing(*arguments: object, **options: object) -> None:
+        raise RuntimeError("built without nvJPEG\nmore")
+
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", refusing)
+    message = r"does not decode on the GPU \(built without nvJPEG\); use data.decode=cpu"
+    with pytest.raises(UserError, match=message):
+        checks._check_nvjpeg(cpu)
+
+
+def test_evaluating_computes_no_more_at_once_than_training(recipe: Path) -> None:
+    settings = ("data.crop_size=96", "train.global_batch_size=16")
+    for ranks, parts in ((1, 1), (2, 1), (2, 2), (16, 1)):
+        made = load(recipe, *settings, f"train.accumulation_steps={parts}")
+        tile = building.evaluation_tile(made, ranks)
+        most = 16 // ranks // parts * 96**2
+        assert most < (4 * (tile + 1)) ** 2 and (4 * tile) ** 2 <= most
+    made = load(recipe, "data.crop_size=32", "train.global_batch_size=1")
+    assert building.evaluation_tile(made, 1) == 16, "no less"
 
 
 @pytest.mark.multiprocess

@@ -43,14 +43,13 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     if words[:1] and words[0] in ("index", "verify"):
         parser.add_argument("command", choices=("index", "verify"))
         parser.add_argument("shards", nargs="+", metavar="SHARDS")
-        if words[0] == "index":
-            parser.add_argument(
-                "--min-size",
-                type=int,
-                default=1,
-                metavar="N",
-                help="pictures with a shorter side cannot be used (default 1)",
-            )
+        parser.add_argument(
+            "--min-size",
+            type=int,
+            default=1,
+            metavar="N",
+            help="pictures with a shorter side cannot be used, as by larger crops (default 1)",
+        )
         return parser.parse_args(words)
     if words[:1] and not words[0].startswith("-"):
         parser.error(f"unknown command {words[0]!r}; expected index, verify, or --images DIR|LIST")
@@ -122,7 +121,7 @@ def main() -> None:
         if getattr(arguments, "command", "") == "index":
             index(arguments.shards, arguments.min_size)
         elif getattr(arguments, "command", "") == "verify":
-            verify(arguments.shards)
+            verify(arguments.shards, arguments.min_size)
         else:
             write(arguments)
 
@@ -230,10 +229,12 @@ def index(given: list[str], min_size: int) -> None:
             print(f"  … and {len(unusable) - _LISTED} more")
 
 
-def verify(given: list[str]) -> None:
+def verify(given: list[str], min_size: int) -> None:
     from sr_dist import indexing, shards
 
-    problems = [problem for address in given for problem in indexing.verify(address, progress)]
+    problems = [
+        problem for address in given for problem in indexing.verify(address, progress, min_size)
+    ]
     if problems:
         raise UserError(f"{len(problems)} problem(s):\n  " + "\n  ".join(problems))
     for address in given:

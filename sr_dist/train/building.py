@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,13 @@ def build(config: Config, processes: Processes, saver: checkpoint.Saver) -> Run:
     )
 
 
+def evaluation_tile(config: Config, world_size: int) -> int:
+    """LR pixels on a side, with which evaluating computes no more pixels at once than training."""
+    train, data = config.train, config.data
+    at_once = train.global_batch_size // world_size // train.accumulation_steps
+    return max(16, math.isqrt(at_once * data.crop_size**2) // data.scale)
+
+
 def _validation(
     config: Config, processes: Processes, inputs: checks.Inputs, measures: bool
 ) -> Validation:
@@ -131,7 +139,7 @@ def _validation(
         bits=data.bits,
         reading=inputs.reading,
         colour=evaluation.protocol,
-        tile=evaluation.tile,
+        tile=evaluation.tile or evaluation_tile(config, processes.world_size),
         samples=evaluation.samples,
         lpips=lpips.build(Path(str(evaluation.lpips)), processes.device) if perceived else None,
         interrupted=lambda: processes.watch.wants("stop"),

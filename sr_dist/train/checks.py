@@ -102,6 +102,21 @@ def _check_processes(config: Config, processes: Processes) -> None:
         raise UserError("loss.adversarial.r1_weight loses its gradient in fp16; use bf16 or no")
     if config.data.decode == "nvjpeg" and processes.device.type != "cuda":
         raise UserError("data.decode=nvjpeg needs a GPU, and none is here; use data.decode=cpu")
+    if config.data.decode == "nvjpeg":
+        _check_nvjpeg(processes.device)
+
+
+def _check_nvjpeg(device: torch.device) -> None:
+    from torchvision import io  # at need: slow to import
+
+    tiny = io.encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))
+    try:
+        io.decode_jpeg(tiny, device=device)
+    except RuntimeError as error:
+        raise UserError(
+            "data.decode=nvjpeg: this torchvision does not decode on the GPU "
+            f"({str(error).splitlines()[0]}); use data.decode=cpu"
+        ) from None
 
 
 def _check_shards(config: Config, index: shards.Index, reading: storage.Settings) -> None:

@@ -84,9 +84,7 @@ def say_that_it_is_done(folder: Path, epochs: int) -> None:
 
 
 def say_that_it_was_dry(folder: Path) -> None:
-    log.info(
-        "all is as it should be; the run would lie in %s, and nothing has been written", folder
-    )
+    log.info("all is as it should be; the run would lie in %s, and has not been begun", folder)
 
 
 def _without_effect(config: Config, total_images: int) -> list[str]:

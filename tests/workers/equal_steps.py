@@ -92,7 +92,7 @@ def train(processes: distributed.Processes, way: str) -> dict[str, torch.Tensor]
             hr,
             images_seen=ROWS * step,
             images=ROWS,
-            accumulation_steps=parts if processes.world_size < ROWS // parts else 1,
+            accumulation_steps=parts if processes.world_size <= ROWS // parts else 1,
         )
     after = {
         f"{name}.{key}": value.detach().clone()
