@@ -168,7 +168,8 @@ class Checked:
     """What `check` found."""
 
     pictures: int
-    deep: int  # of them with 16 bits
+    pixels: int  # of HR, in all of them
+    deep: int  # pictures with 16 bits
     fingerprint: str  # of names and pixels
 
 
@@ -179,7 +180,7 @@ def check(data: str, *, reading: storage.Settings = storage.DEFAULT, **options: 
         UserError: as `read_pairs`, but with all pictures that cannot be used.
     """
     pair, digest = _pair_maker(**options), hashlib.sha256()
-    pictures, deep, problems = 0, 0, []
+    pictures, pixels, deep, problems = 0, 0, 0, []
     for name, source in _sources(data, reading):
         pictures += 1
         try:
@@ -187,6 +188,7 @@ def check(data: str, *, reading: storage.Settings = storage.DEFAULT, **options: 
         except images.PictureError as error:
             problems.append(str(error))
             continue
+        pixels += found.hr.shape[0] * found.hr.shape[1]
         deep += found.deep
         digest.update(f"{name}\0{found.hr.shape}".encode() + found.lr.tobytes())
         digest.update(found.hr.tobytes())
@@ -196,7 +198,7 @@ def check(data: str, *, reading: storage.Settings = storage.DEFAULT, **options: 
         many = f"{len(problems)} of {pictures} pictures cannot be measured; take them out"
         more = [f"… and {len(problems) - _LISTED} more"] * (len(problems) > _LISTED)
         raise UserError("\n  ".join([f"{data}: {many}:", *problems[:_LISTED], *more]))
-    return Checked(pictures, deep, digest.hexdigest())
+    return Checked(pictures, pixels, deep, digest.hexdigest())
 
 
 def evaluate(

@@ -211,6 +211,7 @@ class Work:
     cheap: int = 0  # the first of them, which cost less
     dearer: float = 1.0  # how many times as much the others cost
     evaluations: int = 0  # after this start
+    evaluation: float = 0.0  # what one costs, guessed, in cheap pictures
 
     def cost(self, pictures: int) -> float:
         """Of the first `pictures`, in cheap ones."""
@@ -247,15 +248,13 @@ class Progress:
     def left(self) -> float:
         """Seconds: training at the pace so far, and evaluations that take as long as those before.
 
-        The first evaluation is not foreseen.
+        Before the first, its length is guessed from its pixels.
         """
         work = self.work
         trained = time.perf_counter() - self.started - sum(self.pauses)
         pace = trained / (work.cost(self.done) - work.cost(work.done))
         training = pace * (work.cost(work.total) - work.cost(self.done))
-        if not self.pauses:
-            return training
-        evaluation = statistics.fmean(self.pauses)
+        evaluation = statistics.fmean(self.pauses) if self.pauses else pace * work.evaluation
         return training + evaluation * max(0, work.evaluations - len(self.pauses))
 
     def report(self, epoch: str, scalars: Mapping[str, float]) -> dict[str, float]:

@@ -102,8 +102,29 @@ def test_an_evaluation_that_is_made_up_for_counts(recipe: Path) -> None:
         ended = 2 * plan.steps_per_epoch
         position = resuming.Position(ended, 8 * ended, ended, unmeasured)
         course = resuming.Course(position, plan.steps_per_epoch, epochs=5, batch_size=8)
-        this: Any = types.SimpleNamespace(config=settings, course=course)
+        inputs = types.SimpleNamespace(validation=None)
+        this: Any = types.SimpleNamespace(config=settings, course=course, inputs=inputs)
         assert loop._work(this).evaluations == left
+
+
+@pytest.mark.parametrize("off", [0.5, 1.0, 2.0])
+def test_the_time_left_foresees_the_first_evaluation(
+    monkeypatch: pytest.MonkeyPatch, off: float
+) -> None:
+    """After each quarter of the training, a tenth of the time; guessed within a factor of two."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    work = tracking.Work(3600, evaluations=4, evaluation=off * 100)
+    progress, whole = tracking.Progress(work, visible=False), 400
+    for step in range(360):
+        progress.advance(10, waited=0.0)
+        clock[0] += 1
+        left = progress.left()
+        if clock[0] >= whole / 10:
+            assert left == pytest.approx(whole - clock[0], rel=0.2, abs=0.5)
+        if step % 90 == 89:
+            with progress.paused(evaluates=True):
+                clock[0] += 10
 
 
 def test_the_time_left_is_right_from_the_first_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ class Inputs:
     reading: storage.Settings
     index: shards.Index
     plan: shards.Plan
-    pictures: int  # of validation; known to rank 0
-    measured_on: str  # rank 0: their fingerprint, and the protocol
+    validation: evaluate.Checked | None  # known to rank 0
+    measured_on: str  # rank 0: the fingerprint of the validation pictures, and the protocol
     identity: dict[str, Any]
     start: Checkpoint | None  # what the run goes on from
     first_weights: dict[str, torch.Tensor] | None  # what a new one starts from
@@ -67,16 +67,17 @@ def check(config: Config, processes: Processes, checkpoints: Path) -> Inputs:
         crops_per_image=data.crops_per_image,
         crop_size=data.crop_size,
     )
-    pictures, measured_on = 0, ""
+    validation, measured_on = None, ""
     if processes.is_main:
         _check_shards(config, index, reading)
-        pictures, measured_on = _check_validation(config, reading)
+        validation = _check_validation(config, reading)
+        measured_on = f"{config.evaluation.protocol} {validation.fingerprint}"
     identity = _identity(config, index, plan)
     start = resuming.find_start(checkpoints, config.run.resume, identity)
     first_weights = None
     if start is None and config.train.start_from is not None:
         first_weights = generators.load_state(Path(config.train.start_from), identity["generator"])
-    return Inputs(reading, index, plan, pictures, measured_on, identity, start, first_weights)
+    return Inputs(reading, index, plan, validation, measured_on, identity, start, first_weights)
 
 
 def _check_processes(config: Config, processes: Processes) -> None:
@@ -131,15 +132,14 @@ def _check_shards(config: Config, index: shards.Index, reading: storage.Settings
         log.warning("shard %s", problem)
 
 
-def _check_validation(config: Config, reading: storage.Settings) -> tuple[int, str]:
-    """How many pictures there are, and what they are measured on."""
+def _check_validation(config: Config, reading: storage.Settings) -> evaluate.Checked:
     data = config.data
     if data.channels == 3 and evaluate.is_gray(data.validation, reading):
         raise UserError(
             f"{data.validation} holds gray pictures alone, but data.channels is 3; validate on "
             "colour pictures, or train with data.channels 1"
         )
-    checked = evaluate.check(
+    return evaluate.check(
         data.validation,
         scale=data.scale,
         channels=data.channels,
@@ -147,7 +147,6 @@ def _check_validation(config: Config, reading: storage.Settings) -> tuple[int, s
         least=lpips.LEAST if config.evaluation.lpips is not None else 0,
         reading=reading,
     )
-    return checked.pictures, f"{config.evaluation.protocol} {checked.fingerprint}"
 
 
 def _identity(config: Config, index: shards.Index, plan: shards.Plan) -> dict[str, Any]:

@@ -324,10 +324,20 @@ def _work(this: Run) -> tracking.Work:
             this.processes, this.state.networks, this.objective, shape=shape, scale=data.scale
         )
     epochs = range(course.epochs_done + 1, course.epochs + 1)
+    checked, loss, evaluation = this.inputs.validation, this.config.loss, 0.0
+    if checked is not None:
+        # Forwards and metrics, against forwards and backwards of one network or of three.
+        alone = course.start.images_seen < cheap or not (
+            loss.content.weight or loss.adversarial.weight
+        )
+        crops = checked.pixels / data.crop_size**2 * (0.5 if alone else 0.2)
+        others_wait = this.config.evaluation.ranks == "main"
+        evaluation = crops * (this.processes.world_size if others_wait else 1)
     return tracking.Work(
         total=course.total_images,
         done=course.start.images_seen,
         cheap=cheap,
         dearer=dearer,
         evaluations=sum(_evaluates(this.config, epoch) for epoch in epochs),
+        evaluation=evaluation,
     )

@@ -48,7 +48,7 @@ def say(
         plan.crops_per_image,
         plan.steps_per_epoch,
         config.train.global_batch_size,
-        inputs.pictures,
+        0 if inputs.validation is None else inputs.validation.pictures,
     )
     if processes.mixed_precision == "bf16" and not machine.has_bf16(processes.device):
         log.warning(
