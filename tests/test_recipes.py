@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import checkpoint, config, generators, images, models, shard_writer, train
+from sr_dist import checkpoint, config, dataset, generators, images, models, shard_writer, train
 from tests.helpers import REPOSITORY
 
 RECIPES = sorted(path.stem for path in REPOSITORY.glob("configs/*.yaml"))
@@ -96,6 +97,57 @@ def test_every_recipe_trains(name: str, pictures: Path, tmp_path: Path) -> None:
     scale, channels = settings.data.scale, settings.data.channels
     assert generator(torch.rand(1, channels, 5, 7)).shape == (1, channels, 5 * scale, 7 * scale)
     assert result.means[1].psnr > 5
+
+
+def at_full_size(name: str, output: Path) -> config.Config:
+    """As the recipe is, for two steps, on squares of scikit-image's photographs."""
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    whole = config.load(path)
+    side = min(whole.data.crop_size, 512)  # what its comment advises for them
+    channels, batch = whole.data.channels, whole.train.global_batch_size
+    folder = output / f"squares_{side}_{channels}_{batch}_{whole.data.crops_per_image}"
+    if not folder.exists():
+        squares = (
+            np.ascontiguousarray(picture[top : top + side, left : left + side])
+            for picture in map(lambda p: images.decode(p, 3), dataset.find_sample_photographs())
+            for top in range(0, picture.shape[0] - side + 1, side)
+            for left in range(0, picture.shape[1] - side + 1, side)
+        )
+        number = 2 * batch // whole.data.crops_per_image
+        for n, square in enumerate(itertools.islice(squares, number)):
+            images.save(square[..., :channels], folder / f"{n}.png")
+        options = shard_writer.Options(tile=side, min_size=side, channels=channels)
+        shard_writer.write(images.list_pictures(folder), folder / "shards", options)
+    return config.load(
+        path,
+        [
+            f"run.output_dir={output}",
+            f"data.train={folder}/shards",
+            f"data.validation={folder}/0.png",
+            f"data.crop_size={side}",
+            "loss.content.weights=none",
+            "train.epochs=1",
+            f"train.warmup_images={batch * bool(whole.train.warmup_images)}",
+            *(
+                [f"train.start_from={output}/{Path(whole.train.start_from).name}"]
+                if whole.train.start_from and whole.train.start_from not in generators.shipped()
+                else []
+            ),
+        ],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_at_its_full_size(name: str, tmp_path: Path) -> None:
+    settings = at_full_size(name, tmp_path)
+    start = settings.train.start_from
+    if start and start not in generators.shipped():
+        train.run(at_full_size(Path(start).name, tmp_path))
+    result = train.run(settings)
+    found = checkpoint.find_newest(result.folder / "checkpoints")
+    assert found is not None and found.step == 2
+    assert all(torch.isfinite(value).all() for value in found.weights("generator").values())
 
 
 def test_recipes_of_the_family_are_here() -> None:
