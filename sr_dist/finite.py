@@ -113,14 +113,16 @@ def check_updates(
 def _names(
     index: shards.Index, plan: shards.Plan, step: int, reading: storage.Settings
 ) -> list[str]:
-    """`shard/key` of every row of global step `step`, from 0; reads the shards."""
+    """`shard/key` of every row of global step `step`, from 0; reads the shards.
+
+    Those of the plan: what took the place of one that was skipped is the next of its window.
+    """
     names = []
     for shard, sample, _ in shards.samples_of_step(plan, step):
         try:
             found = next(shard_reader.read_range(index, shard, sample, sample + 1, reading))
-            key, damaged = found.key, bool(found.problem)
+            key = found.key
         except shard_reader.UnreadableShard:
-            key, damaged = "", True
-        instead = " (damaged: another took its place)" * damaged
-        names.append(f"{index.shards[shard].name}/{key or f'number {sample}'}{instead}")
+            key = ""
+        names.append(f"{index.shards[shard].name}/{key or f'number {sample}'}")
     return names

@@ -105,7 +105,7 @@ def at_full_size(name: str, output: Path) -> config.Config:
     whole = config.load(path)
     side = min(whole.data.crop_size, 512)  # what its comment advises for them
     channels, batch = whole.data.channels, whole.train.global_batch_size
-    folder = output / f"squares_{side}_{channels}_{batch}_{whole.data.crops_per_image}"
+    folder = output / f"squares_{side}_{channels}_{batch}"
     if not folder.exists():
         squares = (
             np.ascontiguousarray(picture[top : top + side, left : left + side])
@@ -113,8 +113,7 @@ def at_full_size(name: str, output: Path) -> config.Config:
             for top in range(0, picture.shape[0] - side + 1, side)
             for left in range(0, picture.shape[1] - side + 1, side)
         )
-        number = 2 * batch // whole.data.crops_per_image
-        for n, square in enumerate(itertools.islice(squares, number)):
+        for n, square in enumerate(itertools.islice(squares, 2 * batch)):
             images.save(square[..., :channels], folder / f"{n}.png")
         options = shard_writer.Options(tile=side, min_size=side, channels=channels)
         shard_writer.write(images.list_pictures(folder), folder / "shards", options)
@@ -125,6 +124,7 @@ def at_full_size(name: str, output: Path) -> config.Config:
             f"data.train={folder}/shards",
             f"data.validation={folder}/0.png",
             f"data.crop_size={side}",
+            "data.crops_per_image=1",
             "loss.content.weights=none",
             "train.epochs=1",
             f"train.warmup_images={batch * bool(whole.train.warmup_images)}",

@@ -114,7 +114,11 @@ def build(config: Config, processes: Processes, saver: checkpoint.Saver) -> Run:
 
 
 def evaluation_tile(config: Config, world_size: int) -> int:
-    """LR pixels on a side, with which evaluating computes no more pixels at once than training."""
+    """LR pixels on a side, of a tile that has no more pixels than the crops trained on at once.
+
+    Computed with its surroundings, and its features in larger ones (see `upscale.upscale`), it
+    still needs less memory: without gradients a few layers are held at once, with them all are.
+    """
     train, data = config.train, config.data
     at_once = train.global_batch_size // world_size // train.accumulation_steps
     return max(16, math.isqrt(at_once * data.crop_size**2) // data.scale)
