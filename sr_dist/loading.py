@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sr_dist import stream, tensors
+from sr_dist.workers import end_with_parent
 
 
 def batches(
@@ -34,7 +35,7 @@ def batches(
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         collate_fn=_as_it_is,  # which by default makes tensors of arrays
     )
     others = set(multiprocessing.active_children())
@@ -164,8 +165,9 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    end_with_parent()
     # What stops a run is sent to all its processes, but the rank decides, and needs its batches.
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)

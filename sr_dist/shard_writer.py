@@ -13,11 +13,8 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import shutil
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
@@ -28,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from sr_dist import files, images, shard_reader, shards, storage, tars
+from sr_dist import files, images, shard_reader, shards, storage, tars, workers
 from sr_dist.errors import UserError
 
 Given = TypeVar("Given")
@@ -203,7 +200,7 @@ def local_workers(number: int) -> Iterator[Executor | None]:
     if number == 1:
         yield None
         return
-    executor = ProcessPoolExecutor(number, initializer=_end_with_parent)
+    executor = ProcessPoolExecutor(number, initializer=workers.end_with_parent)
     try:
         yield executor
     except BrokenProcessPool:
@@ -213,18 +210,6 @@ def local_workers(number: int) -> Iterator[Executor | None]:
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next job for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
 
 
 def _fingerprint(sources: Sequence[_Source]) -> str:

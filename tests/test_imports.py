@@ -18,7 +18,7 @@ from tests.helpers import REPOSITORY, contents, succeed
 
 # A module may import those of lower levels alone.
 LEVELS = [
-    {"errors", "watch", "files", "ranks", "machine"},
+    {"errors", "watch", "files", "ranks", "machine", "workers"},
     {"remote"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},

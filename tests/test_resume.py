@@ -34,7 +34,15 @@ from sr_dist import (
 )
 from sr_dist.errors import Stopped, UserError, exit_on_user_error
 from sr_dist.models import folding
-from tests.helpers import ACCELERATE, REPOSITORY, end_ranks, run_ranks, start_ranks, succeed
+from tests.helpers import (
+    ACCELERATE,
+    REPOSITORY,
+    end_ranks,
+    run_ranks,
+    start,
+    start_ranks,
+    succeed,
+)
 from tests.runs import (
     TWO_PROCESSES,
     assert_same_run,
@@ -509,6 +517,23 @@ def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
     told = {1: "is killed by signal: Killed", 2: "a loader worker ended with status -9 (-9: killed"}
     assert told[running.returncode] in said
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_killed_process_takes_its_loader_workers_along(recipe: Path) -> None:
+    """Also those that wait for somebody to read their batches, which no pipe holds in whole."""
+    large = ("data.crop_size=64", "train.global_batch_size=16", "data.num_workers=2")
+    started = start(SLOW_STEPS, recipe, "train.epochs=50", *large)
+    started.wait_for("step 3\n")
+    pid = started.process.pid
+    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(workers) == 2
+    started.signal(signal.SIGKILL)
+    assert started.end().returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.05)
 
 
 @pytest.mark.multiprocess
