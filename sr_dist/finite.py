@@ -120,8 +120,7 @@ def _names(
     names = []
     for shard, sample, _ in shards.samples_of_step(plan, step):
         try:
-            found = next(shard_reader.read_range(index, shard, sample, sample + 1, reading))
-            key = found.key
+            key = next(shard_reader.read_range(index, shard, sample, sample + 1, reading)).key
         except shard_reader.UnreadableShard:
             key = ""
         names.append(f"{index.shards[shard].name}/{key or f'number {sample}'}")

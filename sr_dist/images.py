@@ -77,10 +77,11 @@ def other_files(folder: Path, apart_from: Path | None = None) -> str:
 
     What lies in the folder `apart_from` is not counted.
     """
+    apart = None if apart_from is None else apart_from.resolve()
     endings = (
         path.suffix.lower() or "without"
         for path in _files(folder)
-        if apart_from is None or not path.resolve().is_relative_to(apart_from.resolve())
+        if apart is None or not path.resolve().is_relative_to(apart)
     )
     counts = Counter(ending for ending in endings if ending not in SUFFIXES)
     # An ending need not be text that can be printed.

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ import braceexpand
 import numpy as np
 import numpy.typing as npt
 
-from sr_dist import storage
+from sr_dist import remote, storage
 from sr_dist.errors import UserError
 
 INDEX_NAME = "index.json"
@@ -129,24 +130,22 @@ def read_index(address: str, settings: storage.Settings = storage.DEFAULT) -> In
 
 def _read_json(path: str, address: str, settings: storage.Settings) -> Any:
     # Of a server's short answer that agrees with itself, only the text tells.
-    for attempt in range(1, settings.attempts if storage.is_remote(path) else 1):
+    attempts = settings.attempts if storage.is_remote(path) else 1
+    for attempt in itertools.count(1):
+        data = _read(path, address, settings)
         try:
-            return json.loads(_read(path, address, settings))
+            return json.loads(data)
         except (ValueError, RecursionError) as error:
-            if isinstance(error, UserError):
-                raise
-            storage.pause(attempt)
-    try:
-        return json.loads(_read(path, address, settings))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+            if attempt == attempts:
+                raise UserError(f"{path} is not valid JSON ({error}); write it again") from None
+        remote.pause(attempt)
 
 
 def _read(path: str, address: str, settings: storage.Settings) -> bytes:
     try:
         return storage.read_bytes(path, settings)
+    except UserError:
+        raise
     except FileNotFoundError:
         if storage.is_remote(path):
             raise UserError(f"no shards at {address}: {path} does not exist") from None
@@ -155,7 +154,7 @@ def _read(path: str, address: str, settings: storage.Settings) -> bytes:
             "'python tools/make_shards.py --images DIR --output DIR', or index existing tars with "
             "'python tools/make_shards.py index DIR'."
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         reason = str(error) if path in str(error) else f"cannot read {path}: {error}"
         raise UserError(reason) from None
 

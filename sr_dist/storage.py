@@ -159,11 +159,6 @@ def open_file(
     return remote.open_file(address, settings, size)
 
 
-def pause(attempt: int) -> None:
-    """Before the attempt that follows a failed one, counted from 1."""
-    remote.pause(attempt)
-
-
 def read_bytes(address: str, settings: Settings = DEFAULT) -> bytes:
     """The whole of a file that fits into memory."""
     if not is_remote(address):

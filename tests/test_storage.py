@@ -539,7 +539,7 @@ def test_pauses_between_attempts_double_up_to_a_most(monkeypatch: pytest.MonkeyP
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     for attempt in range(1, 10):
-        storage.pause(attempt)
+        remote.pause(attempt)
     assert slept == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
 
 
