@@ -44,11 +44,14 @@ class Started:
         path = Path(self.folder.name, stream)
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, line: str, stream: str = "stdout", timeout: float = 60) -> None:
+    def wait_for(self, line: str, timeout: float = 60) -> None:
         """Until it says a line that begins so."""
         deadline = time.monotonic() + timeout
-        while f"\n{line}" not in f"\n{self.said(stream)}":
-            assert self.process.exitcode is None, f"it ended before: {self.said('stderr')}"
+        while True:
+            ended = self.process.exitcode is not None  # looked at first: its last words count
+            if f"\n{line}" in f"\n{self.said()}":
+                return
+            assert not ended, f"it ended before: {self.said('stderr')}"
             assert time.monotonic() < deadline, f"in {timeout} s it never said {line!r}"
             time.sleep(0.02)
 
