@@ -31,7 +31,10 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--data", required=True, metavar="HR", help="HR pictures: a folder, a list, or shards"
+        "--data",
+        required=True,
+        metavar="HR",
+        help="HR pictures: a folder, one picture, a list, or shards",
     )
     parser.add_argument(
         "--lr", type=Path, metavar="DIR", help="given LR pictures (default: made by bicubic)"
