@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
         "--max-megabytes", type=int, default=20, metavar="N", help="of an upload (default 20)"
     )
     parser.add_argument(
-        "--tile", type=int, default=128, metavar="N", help="see launch/upscale.py (default 128)"
+        "--tile", type=int, default=120, metavar="N", help="see launch/upscale.py (default 120)"
     )
     return parser.parse_args()
 

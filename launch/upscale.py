@@ -42,9 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tile",
         type=int,
-        default=128,
+        default=120,
         metavar="N",
-        help="side of the tiles that bound the memory, pixels of the input (default 128)",
+        help="side of the tiles that bound the memory, pixels of the input (default 120)",
     )
     parser.add_argument(
         "--engine",

@@ -77,6 +77,8 @@ def find_pictures(
 ) -> list[tuple[Path, Path]]:
     """(path, relative target) of the pictures in folders and files, nested ones included.
 
+    What is given twice, as `folder/a.png` and in `folder`, is there once.
+
     `apart_from`: a folder in one of those, whose pictures are left out.
 
     Raises:
@@ -100,7 +102,7 @@ def find_pictures(
             found += inside
         else:
             raise UserError(f"{given} does not exist; expected a folder of pictures or a picture")
-    return found
+    return list({(path.resolve(), target): (path, target) for path, target in found}.values())
 
 
 def png_targets(relatives: Sequence[Path]) -> list[Path]:

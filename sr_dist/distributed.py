@@ -197,9 +197,13 @@ def lacks_processes(world_size: int) -> bool:
 
     Its launcher of one process gives an address to meet at if several were asked for, and no rank.
     """
+    return world_size == 1 and _launched_alone() and "MASTER_ADDR" in os.environ
+
+
+def _launched_alone() -> bool:
+    """Whether this is the only process of `accelerate launch`, which then hands no signals on."""
     told = os.environ.keys()
-    alone = world_size == 1 and not told & {"RANK", "WORLD_SIZE"}
-    return alone and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= told
+    return "ACCELERATE_MIXED_PRECISION" in told and not told & {"RANK", "WORLD_SIZE"}
 
 
 def _attempt() -> int:
@@ -323,6 +327,7 @@ def joined(
         distributed_c10d._get_default_store() if several else None,
         timeout,
         "the launcher that keeps the ranks together" if _launcher_keeps_store() else "rank 0",
+        launcher=os.getppid() if _launched_alone() else None,
     )
     processes = Processes(
         accelerator=accelerator,

@@ -47,6 +47,9 @@ def write(description: Mapping[str, Any], parameters: int, facts: Facts) -> str:
     has no BatchNorm.
     """
     scale, channels = description["scale"], description["channels"]
+    # What a source's licence means for what was made of it is for people to decide.
+    cards = all(source.card is not None for source in facts.sources)
+    unsaid = "see the cards under Training" if cards else UNKNOWN
     header = {
         "license": facts.license or UNKNOWN,
         "library_name": "sr_dist",
@@ -72,10 +75,10 @@ def write(description: Mapping[str, Any], parameters: int, facts: Facts) -> str:
         "```",
         "",
         *_architecture(description),
-        *("## Data", "", _plain(facts.data or f"What it was trained on is {UNKNOWN}."), ""),
+        *("## Data", "", _plain(facts.data or f"What it was trained on: {unsaid}."), ""),
         *_numbers(facts.metrics),
         *_training(facts),
-        *("## Licence", "", f"Of the weights: {_plain(facts.license or UNKNOWN)}.", ""),
+        *("## Licence", "", f"Of the weights: {_plain(facts.license or unsaid)}.", ""),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

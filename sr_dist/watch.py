@@ -59,7 +59,8 @@ class Watch:
     """One rank's part. `store` is None where there is one rank: it agrees with itself at once.
 
     `timeout`: seconds without a sign of life after which a rank counts as lost; the others then end
-    with a message that names it. `keeper`: who keeps the store.
+    with a message that names it. `keeper`: who keeps the store. `launcher`: the process whose end
+    is a signal to this one, since it hands none on.
     """
 
     def __init__(
@@ -69,9 +70,11 @@ class Watch:
         store: Store | None,
         timeout: float,
         keeper: str = "the launcher",
+        *,
+        launcher: int | None = None,
     ) -> None:
         self.rank, self.world_size, self.store, self.timeout = rank, world_size, store, timeout
-        self.keeper = keeper
+        self.keeper, self.launcher = keeper, launcher
         self.step = 0  # the one that this rank has begun, kept by the loop
         self.asked: set[str] = set()
         self.wanted: set[str] = set()  # what some rank asked for, with its round
@@ -109,7 +112,8 @@ class Watch:
     def signals(self) -> Iterator[None]:
         """Let the first SIGTERM, SIGINT or SIGUSR1 ask for a stop, and a second one stop at once.
 
-        A thread hears them, also while the loop waits for the other ranks.
+        A thread hears them, also while the loop waits for the other ranks. The end of `launcher`
+        counts as SIGTERM, if none came before.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -127,9 +131,14 @@ class Watch:
         wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
         listening = threading.Thread(target=self._hear, args=(theirs,), daemon=True, name="signals")
         listening.start()
+        over = threading.Event()
+        outliving = threading.Thread(target=self._outlive, args=(over,), daemon=True)
+        outliving.start()
         try:
             yield
         finally:
+            over.set()
+            outliving.join()
             signal.set_wakeup_fd(wakeup)
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -152,6 +161,14 @@ class Watch:
                 self.signal, self.signalled = name, now
                 if self.step:
                     self.ask("stop")
+
+    def _outlive(self, over: threading.Event) -> None:
+        """Tell this process of its launcher's end; what ended it may have told both."""
+        while self.launcher is not None and not over.wait(_PERIOD):
+            if os.getppid() != self.launcher:
+                if not self.signal:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def begin(self, step: int) -> None:
         """The loop begins `step`."""

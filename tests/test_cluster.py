@@ -115,17 +115,25 @@ def test_a_scheduler_that_does_not_answer(photographs: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_local_worker_that_dies_is_said_and_the_run_goes_on(
-    photographs: Path, tmp_path: Path
+@pytest.mark.parametrize("killed", ["a worker", "the command"])
+def test_what_was_finished_before_a_kill_is_kept(
+    photographs: Path, tmp_path: Path, killed: str
 ) -> None:
-    """Killed as a machine without memory kills: the shards that were finished are kept."""
+    """Killed as a machine without memory kills; what the command started ends with it."""
     options = (*many_pictures(photographs, tmp_path / "many"), "--workers", 2)
     status, said = make_and_kill(
         tmp_path / "out",
         options,
-        lambda making: int(Path(f"/proc/{making}/task/{making}/children").read_text().split()[-1]),
+        lambda making: (
+            making
+            if killed == "the command"
+            else int(Path(f"/proc/{making}/task/{making}/children").read_text().split()[-1])
+        ),
     )
-    assert status == 2 and "one of the 2 worker processes died" in said
+    if killed == "the command":
+        assert status == -signal.SIGKILL
+    else:
+        assert status == 2 and "one of the 2 worker processes died" in said
     assert "Traceback" not in said
     recorded = [path.stem for path in (tmp_path / "out" / ".progress").glob("shard-*.json")]
     finished = [tmp_path / "out" / f"{name}.tar" for name in recorded]

@@ -99,6 +99,14 @@ def test_collect_keeps_different_pictures_of_one_name(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+def test_what_is_given_twice_is_there_once(tmp_path: Path) -> None:
+    noise(tmp_path / "a.png", 1)
+    noise(tmp_path / "in" / "a.png", 1)
+    given = (tmp_path / "in", tmp_path / "in" / ".." / "in" / "a.png", tmp_path / "a.png")
+    found = dataset.find_pictures(given)
+    assert [path.resolve() for path, _ in found] == [tmp_path / "in/a.png", tmp_path / "a.png"]
+
+
 def test_collect_of_nothing_usable(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no")
     with pytest.raises(UserError, match="none of 1 pictures can be used; first: .*a.png"):

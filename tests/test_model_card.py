@@ -27,7 +27,7 @@ def test_card_says_what_is_known_and_calls_unknown_what_is_not() -> None:
     assert 'sr_dist.load("small")' in card
     assert "- norm: batch, folded into the convolutions" in card
     for line in (
-        "What it was trained on is unknown.",
+        "What it was trained on: unknown.",
         "How well it does is unknown: no measurement was given.",
         "Of the weights: unknown.",
         *("- steps: unknown", "- commit: unknown", "- recipe: unknown"),
@@ -95,4 +95,6 @@ def test_card_of_what_was_made_of_exported_models_quotes_theirs() -> None:
     assert "> Photographs | of mine." in lines and "> - steps: unknown" in lines
     theirs = ["> # A model", ">", "> Of somebody else."]
     assert lines[-5:] == ["The card of sharp says:", "", *theirs]
-    assert "license: mit" not in card
+    assert "license: mit" not in card and "license: unknown" in card
+    for said in ("What it was trained on", "Of the weights"):
+        assert f"\n{said}: see the cards under Training.\n" in card

@@ -618,6 +618,25 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_launcher_stops_its_ranks_after_a_checkpoint(
+    recipe: Path, tmp_path: Path, processes: int
+) -> None:
+    """The launcher of several hands it on; that of one ends without a word."""
+    launcher = {1: TWO_PROCESSES.with_name("cpu.yaml"), 2: TWO_PROCESSES}[processes]
+    command = [*ACCELERATE, "launch", "--config_file", str(launcher)]
+    command += [str(SLOW_STEPS), str(recipe), "train.epochs=50"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as running:
+        wait_for_step(running, 3)
+        running.terminate()
+        steps, said = running.communicate(timeout=120)
+    step = saved(tmp_path / "runs/small")[1]["step"]
+    assert f"at step {step} of 900; the same command goes on from there" in said
+    assert running.returncode != 0
+
+
+@pytest.mark.multiprocess
 def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     recipe: Path, tmp_path: Path
 ) -> None:

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import fsspec
 import fsspec.implementations.http
+import fsspec.implementations.memory
 import numpy as np
 import pytest
+from fsspec.registry import _registry
 
 from sr_dist import remote, shard_reader, shards, storage, stream
 from sr_dist.errors import UserError
@@ -565,6 +567,58 @@ def test_an_index_of_which_a_server_sends_a_part_is_asked_for_again(
     with pytest.raises(UserError, match=r"t/index.json is not valid JSON \("):
         shards.read_index(address, QUICK)
     assert len(server.asked("/t/index.json")) >= QUICK.attempts
+
+
+class _Store(fsspec.implementations.memory.MemoryFileSystem):
+    """A store of which, as of gs and hf, only the bytes of an answer are seen."""
+
+    protocol = "gs"
+    says_end, sends_whole, faults = "no bytes", False, 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.partition("://")[2]
+
+    def cat_file(self, path: str, start: int = 0, end: int = 0, **_: object) -> bytes:
+        if _Store.faults:
+            _Store.faults -= 1
+            raise OSError("503")
+        if self.sends_whole:
+            return bytes(super().cat_file(path))
+        if start >= self.size(path) and self.says_end == "an error":
+            raise RuntimeError("the range cannot be satisfied")
+        return bytes(super().cat_file(path, start=start, end=end))
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Store]]:
+    monkeypatch.setitem(_registry, "gs", _Store)
+    monkeypatch.setattr(remote, "_BLOCK_BYTES", 400)
+    yield _Store
+    _Store().store.clear()
+
+
+@pytest.mark.parametrize("says_end", ["no bytes", "an error"])
+def test_stores_of_which_only_the_bytes_are_seen(
+    store: type[_Store], monkeypatch: pytest.MonkeyPatch, says_end: str
+) -> None:
+    body = os.urandom(1000)
+    store().pipe_file("/bucket/a.tar", body)
+    monkeypatch.setattr(store, "says_end", says_end)
+    monkeypatch.setattr(store, "faults", 3)
+    with storage.open_file("gs://bucket/a.tar", QUICK, size=1000) as file:
+        assert file.read() == body and store.faults == 0
+    for told in (1100, 2000):  # the last block lacks bytes, or there are none
+        monkeypatch.setattr(remote, "_found_shorter", {})
+        with storage.open_file("gs://bucket/a.tar", QUICK, size=told) as file:
+            assert file.read() == body
+    monkeypatch.setattr(store, "faults", 4)
+    message = "gs://bucket/a.tar cannot be read at byte 0 after 4 attempts: 503"
+    with pytest.raises(OSError, match=message):
+        storage.open_file("gs://bucket/a.tar", QUICK, size=1000).read()
+    monkeypatch.setattr(store, "sends_whole", True)
+    with pytest.raises(remote.NoRanges, match="asked for 400 bytes, the server sent 1000"):
+        storage.open_file("gs://bucket/a.tar", QUICK, size=1000).read()
 
 
 @pytest.mark.parametrize(
