@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,9 +73,11 @@ def test_steps_learn_without_waiting_for_the_device(processes: distributed.Proce
     networks = build(processes)
     assert processes.device.type == "cuda"
     weight = networks.generator.final_conv.pointwise.weight  # type: ignore[union-attr]
-    assert weight.device.type == "cuda"
-    block = networks.generator.upsampler[0].conv.pointwise.weight  # type: ignore
-    assert block.is_contiguous(memory_format=torch.channels_last)
+    assert weight.is_cuda
+    laid_out: list[torch.Tensor] = []
+    networks.generator.upsampler.register_forward_pre_hook(  # type: ignore[operator,union-attr]
+        lambda module, inputs: laid_out.append(inputs[0])
+    )
     assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.benchmark
     for optimizer in networks.optimizers.values():
         assert optimizer.param_groups[0]["fused"] is True
@@ -87,6 +90,9 @@ def test_steps_learn_without_waiting_for_the_device(processes: distributed.Proce
         )
 
     first = step(0)
+    (features,) = laid_out  # a batch of many channels: in one layout alone
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    assert not features.is_contiguous()
     fp16 = processes.mixed_precision == "fp16"  # whose scaler looks at what it found in every step
     torch.cuda.set_sync_debug_mode("default" if fp16 else "error")
     try:
@@ -157,6 +163,25 @@ def test_upscaling_is_that_of_a_cpu(device: torch.device, picture: images.Pictur
     for engine, most in (("fp32", 1), ("bf16", 16)):
         found = upscale.upscale(prepared, picture, scale=4, tile=32, engine=engine)
         assert np.abs(found.astype(int) - expected.astype(int)).max() <= most
+
+
+@pytest.mark.multiprocess
+def test_ranks_agree_after_reducing_gradients_there() -> None:
+    """As views of their buckets; in bf16 for the way, if wanted."""
+    number = torch.cuda.device_count()
+    if number < 2:
+        pytest.skip(f"needs 2 CUDA devices, {number} is here")
+    found = {}
+    for compression in ("none", "bf16"):
+        words = ("launch", "--multi_gpu", "--num_processes", str(number))
+        worker = REPOSITORY / "tests/workers/ranks_agree.py"
+        done = succeed("accelerate", *words, worker, compression, timeout=300)
+        found[compression] = json.loads(done.stdout.splitlines()[-1])
+        assert found[compression]["world_size"] == number
+        assert found[compression]["differing_parameters"] == []
+        assert found[compression]["memories_of_gradients"] <= 4 < found[compression]["gradients"]
+    lengths = [each["length"] for each in found.values()]
+    assert lengths[0] != lengths[1] == pytest.approx(lengths[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["single_gpu", "multi_gpu_bf16", "multi_gpu_fp16"])

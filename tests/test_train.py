@@ -756,6 +756,7 @@ def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["world_size"] == 2
+    assert 2 <= found["memories_of_gradients"] <= 4 < found["gradients"], "views of buckets"
     assert found["differing_parameters"] == []
     assert found["differing_buffers_before_averaging"], (
         "local statistics differ, or this is no test"

@@ -52,7 +52,15 @@ def main(processes: distributed.Processes) -> None:
         lr = torch.randint(256, (2, 3, 8, 8), generator=random, dtype=torch.uint8)
         gan.training_step(processes, networks, objective, lr, hr, images_seen=4 * step, images=4)
 
+    gradients = [
+        parameter.grad
+        for module in (networks.generator, networks.discriminator)
+        for parameter in module.parameters()  # type: ignore[union-attr]
+        if parameter.grad is not None
+    ]
     found = {
+        "gradients": len(gradients),
+        "memories_of_gradients": len({g.untyped_storage().data_ptr() for g in gradients}),
         "world_size": torch.distributed.get_world_size(),
         "differing_buffers_before_averaging": differing(networks, "buffers"),
         "means": processes.means({"rank": torch.tensor(float(processes.rank))}),
