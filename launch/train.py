@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    parent = os.getppid()  # now: it may be gone when all is loaded
     arguments = parse_arguments()
     with exit_on_user_error("The same command goes on from the last checkpoint."):
         from tqdm.contrib.logging import logging_redirect_tqdm
@@ -72,7 +73,12 @@ def main() -> None:
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
         logging.getLogger("sr_dist.skipped").setLevel(logging.WARNING)  # on every rank
         with logging_redirect_tqdm():  # messages above the live progress line, not through it
-            result = train.run(settings, dry=arguments.dry_run, quiet=arguments.quiet)
+            result = train.run(
+                settings,
+                dry=arguments.dry_run,
+                quiet=arguments.quiet,
+                launcher=parent if distributed.launched_alone() else None,
+            )
     if result is not None and result.means:
         print_summary(result)
 

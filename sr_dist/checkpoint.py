@@ -196,7 +196,11 @@ def _prune(folder: Path, newest: Path, keep: int, best: str | None) -> None:
             fresh.symlink_to(Path(folder.name) / leader.name)
             os.replace(fresh, link)
         elif link.is_symlink():
-            kept.add(folder / link.readlink().name)
+            before = folder / link.readlink().name
+            if before in earlier:
+                kept.add(before)
+            else:  # a later one, or gone
+                link.unlink()
     for old in _folders(folder):
         if old not in kept:
             shutil.rmtree(old)

@@ -98,7 +98,7 @@ class Stream:
     )
     cache_bytes: int = setting(
         50 * 10**9,
-        "of the shards kept, beside those being fetched; the least recently used make room",
+        "of the shards kept, beside those being fetched or read; the least recently used make room",
         minimum=1,
     )
 
@@ -318,7 +318,10 @@ class Evaluation:
         minimum=16,
     )
     lpips: str | None = setting(
-        None, "weights of torchvision's squeezenet1_1, a file: measure LPIPS too", path=True
+        None,
+        "weights of torchvision's squeezenet1_1, a file: measure LPIPS too, of whole pictures, "
+        "which takes 0.6 GB a megapixel",
+        path=True,
     )
     samples: int = setting(4, "pictures kept of each evaluation", minimum=0)
 

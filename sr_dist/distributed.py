@@ -187,6 +187,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """How many of them are on this machine; all, where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched_world_size()))
+
+
 def _launcher_keeps_store() -> bool:
     """Whether the store of the ranks is their launcher's, rather than rank 0's."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -197,13 +202,14 @@ def lacks_processes(world_size: int) -> bool:
 
     Its launcher of one process gives an address to meet at if several were asked for, and no rank.
     """
-    return world_size == 1 and _launched_alone() and "MASTER_ADDR" in os.environ
+    return world_size == 1 and launched_alone() and "MASTER_ADDR" in os.environ
 
 
-def _launched_alone() -> bool:
+def launched_alone() -> bool:
     """Whether this is the only process of `accelerate launch`, which then hands no signals on."""
     told = os.environ.keys()
-    return "ACCELERATE_MIXED_PRECISION" in told and not told & {"RANK", "WORLD_SIZE"}
+    its = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"}  # people set the first, too
+    return its <= told and not told & {"RANK", "WORLD_SIZE"}
 
 
 def _attempt() -> int:
@@ -327,7 +333,6 @@ def joined(
         distributed_c10d._get_default_store() if several else None,
         timeout,
         "the launcher that keeps the ranks together" if _launcher_keeps_store() else "rank 0",
-        launcher=os.getppid() if _launched_alone() else None,
     )
     processes = Processes(
         accelerator=accelerator,
@@ -355,6 +360,9 @@ def joined(
     except BaseException as error:
         if isinstance(error, UserError) and processes.world_size > 1:
             error.silent = not _is_first_to_say(str(error))
+        if isinstance(error, KeyboardInterrupt):  # a stop before the first step
+            with contextlib.suppress(RuntimeError):  # a launcher that is gone starts none again
+                end_attempts(timeout)
         traceback.clear_frames(error.__traceback__)  # they hold the wrapped modules
         raise
     finally:

@@ -100,13 +100,15 @@ def _told_apart() -> Iterator[None]:
         raise UnreadableShard(f"cannot be read: {error.strerror or error}") from error
 
 
-def check_files(index: shards.Index, settings: storage.Settings = storage.DEFAULT) -> list[str]:
+def check_files(
+    index: shards.Index, settings: storage.Settings = storage.DEFAULT, open_at_once: int = 0
+) -> list[str]:
     """How the files of an index differ from what it says, as `look_at_files` finds it.
 
     Raises:
         UserError: one is not there or cannot be read, or the cache cannot be used.
     """
-    unreadable, differing = look_at_files(index, settings)
+    unreadable, differing = look_at_files(index, settings, open_at_once)
     if unreadable:
         more = f" ({len(unreadable)} cannot be read)" if len(unreadable) > 1 else ""
         raise UserError(
@@ -117,12 +119,13 @@ def check_files(index: shards.Index, settings: storage.Settings = storage.DEFAUL
 
 
 def look_at_files(
-    index: shards.Index, settings: storage.Settings = storage.DEFAULT
+    index: shards.Index, settings: storage.Settings = storage.DEFAULT, open_at_once: int = 0
 ) -> tuple[list[str], list[str]]:
     """Which files of an index cannot be read and why, and which have another size than it says.
 
     Local ones are opened. Remote ones are asked for, but for those in the cache: of more than
-    `_MOST_ASKED` so many, spread evenly, up to the first that cannot be read.
+    `_MOST_ASKED` so many, spread evenly, up to the first that cannot be read. `open_at_once`: see
+    `storage.check_cache`.
 
     Raises:
         UserError: the cache cannot be used.
@@ -133,7 +136,7 @@ def look_at_files(
     ]
     remote = storage.is_remote(index.root)
     if remote:
-        storage.check_cache(settings, files)
+        storage.check_cache(settings, files, open_at_once)
         files = [file for file in files if not storage.is_cached(settings, *file)]
         files = files[:: max(1, -(-len(files) // _MOST_ASKED))]
     unreadable, differing = [], []

@@ -24,6 +24,7 @@ __all__ = [
     "Settings",
     "check_address",
     "check_cache",
+    "check_cached",
     "is_cached",
     "is_remote",
     "local_path",
@@ -42,11 +43,14 @@ class OtherBytes(OSError):
     """A file that is not the one that the index tells of; the message says all."""
 
 
-def check_cache(settings: Settings, files: Sequence[tuple[str, int, str]] = ()) -> None:
+def check_cache(
+    settings: Settings, files: Sequence[tuple[str, int, str]] = (), open_at_once: int = 0
+) -> None:
     """Make the cache's folder, if there is to be one, and see whether it can hold `files`.
 
-    Each of them is an address with the bytes and the sha256 that the index tells. Where all are in
-    the cache already, nothing is written and the folder may be read-only.
+    Each of them is an address with the bytes and the sha256 that the index tells. `open_at_once`:
+    how many this machine reads at a time; what has made room stays on the disk while it is read.
+    Where all are in the cache already, nothing is written and the folder may be read-only.
 
     Raises:
         UserError: it cannot be made or written to, or there is no room.
@@ -70,7 +74,8 @@ def check_cache(settings: Settings, files: Sequence[tuple[str, int, str]] = ()) 
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
     kept = sum(_size_of(path) or 0 for path in folder.glob("*.tar"))
-    needed = min(sum(missing), max(0, most - kept)) + max(missing)  # one that is being fetched
+    beside = (1 + open_at_once) * max(missing)  # being fetched, and read though no longer kept
+    needed = min(sum(missing) + max(missing), max(0, most - kept) + beside)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -84,6 +89,32 @@ def is_cached(settings: Settings, address: str, size: int, sha256: str) -> bool:
     if settings.cache_dir is None:
         return False
     return _size_of(_place(settings, address, size, sha256)) == size
+
+
+def check_cached(settings: Settings, address: str, size: int, sha256: str) -> None:
+    """Whether a shard of which a sample cannot be used is in the cache as it was fetched.
+
+    Raises:
+        UserError: it is not, and so has been removed: the damage is this disk's.
+    """
+    if settings.cache_dir is None or not is_remote(address):
+        return
+    path = _place(settings, address, size, sha256)
+    if path in _sound:
+        return
+    try:
+        digest, _ = sha256_of_file(str(path))
+    except FileNotFoundError:  # read from afar, or gone
+        return
+    if digest == sha256:
+        _sound.add(path)
+        return
+    path.unlink(missing_ok=True)
+    raise UserError(
+        f"stream.cache_dir: the copy of {address} in {settings.cache_dir} has not the bytes any "
+        "more that were fetched, and has been removed. Run the same command to fetch it again; a "
+        "disk that does this more than once is about to fail."
+    )
 
 
 def _size_of(path: Path) -> int | None:
@@ -301,4 +332,5 @@ class _Cache:
             yield
 
 
+_sound: set[Path] = set()  # shards in the cache that were looked at again
 _not_kept: set[str] = set()  # keys of shards with other bytes than the index says

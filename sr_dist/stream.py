@@ -313,6 +313,14 @@ class _Reader:
             raise self._error(member, what)
 
     def _error(self, member: _Member, what: str) -> DataError:
+        """
+        Raises:
+            UserError: not the shard is damaged, but its copy in the cache. Never skipped.
+        """
+        index, described = self.stream.index, self.stream.index.shards[member.shard]
+        storage.check_cached(
+            self.stream.settings, index.address(member.shard), described.bytes, described.sha256
+        )
         key = member.sample.key
         number = member.number
         said = f": sample {key} {what}" if key else f" {what}; its sample number {number} is lost"
@@ -320,7 +328,7 @@ class _Reader:
             ". 'python tools/make_shards.py verify' lists all that is wrong; write the shard "
             "again, or train without such samples with stream.on_error=skip."
         )
-        address = self.stream.index.address(member.shard)
+        address = index.address(member.shard)
         return DataError(f"shard {address}{said}" + advice * (self.stream.on_error == "stop"))
 
 

@@ -30,9 +30,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
+
+from sr_dist.errors import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +61,7 @@ class Watch:
     """One rank's part. `store` is None where there is one rank: it agrees with itself at once.
 
     `timeout`: seconds without a sign of life after which a rank counts as lost; the others then end
-    with a message that names it. `keeper`: who keeps the store. `launcher`: the process whose end
-    is a signal to this one, since it hands none on.
+    with a message that names it. `keeper`: who keeps the store.
     """
 
     def __init__(
@@ -70,11 +71,9 @@ class Watch:
         store: Store | None,
         timeout: float,
         keeper: str = "the launcher",
-        *,
-        launcher: int | None = None,
     ) -> None:
         self.rank, self.world_size, self.store, self.timeout = rank, world_size, store, timeout
-        self.keeper, self.launcher = keeper, launcher
+        self.keeper = keeper
         self.step = 0  # the one that this rank has begun, kept by the loop
         self.asked: set[str] = set()
         self.wanted: set[str] = set()  # what some rank asked for, with its round
@@ -87,8 +86,10 @@ class Watch:
         self.beats = 0
         self.heard: dict[int, tuple[str, float]] = {}  # rank → last sign, when it changed
         self.lock = threading.Lock()  # of what two threads change
+        self.leaving = False  # from now on the store may be gone
         self.closing = threading.Event()
         self.halted = 0.0  # seconds that this process was suspended, which is nobody's silence
+        self.resumed = 0.0  # when the last of them were over
         self.answered = self._now()  # when the store did so last
         self.threads = [
             threading.Thread(target=target, daemon=True, name="watch")
@@ -102,18 +103,27 @@ class Watch:
                 thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self.store is None:
+            return
+        if self.rank == 0 and (kind is None or issubclass(kind, Stopped)):
+            # The store may go with this rank, and without it the others would not end well.
+            for rank in range(1, self.world_size):
+                self.wait_for(f"left {rank}")
+        self.leaving = True
+        if self.rank:
+            with suppress(RuntimeError):  # rank 0 has ended by an error of its own
+                self.tell(f"left {self.rank}")
         self.closing.set()
-        if self.store is not None:
-            for thread in self.threads:
-                thread.join(10)
+        for thread in self.threads:
+            thread.join(10)
 
     @contextmanager
-    def signals(self) -> Iterator[None]:
+    def signals(self, launcher: int | None = None) -> Iterator[None]:
         """Let the first SIGTERM, SIGINT or SIGUSR1 ask for a stop, and a second one stop at once.
 
-        A thread hears them, also while the loop waits for the other ranks. The end of `launcher`
-        counts as SIGTERM, if none came before.
+        A thread hears them, also while the loop waits for the other ranks. `launcher`: the parent
+        of this process, if it hands no signal on; its end counts as SIGTERM, if none came before.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -132,7 +142,7 @@ class Watch:
         listening = threading.Thread(target=self._hear, args=(theirs,), daemon=True, name="signals")
         listening.start()
         over = threading.Event()
-        outliving = threading.Thread(target=self._outlive, args=(over,), daemon=True)
+        outliving = threading.Thread(target=self._outlive, args=(launcher, over), daemon=True)
         outliving.start()
         try:
             yield
@@ -162,10 +172,10 @@ class Watch:
                 if self.step:
                     self.ask("stop")
 
-    def _outlive(self, over: threading.Event) -> None:
+    def _outlive(self, launcher: int | None, over: threading.Event) -> None:
         """Tell this process of its launcher's end; what ended it may have told both."""
-        while self.launcher is not None and not over.wait(_PERIOD):
-            if os.getppid() != self.launcher:
+        while launcher is not None and not over.wait(_PERIOD):
+            if os.getppid() != launcher:
                 if not self.signal:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return
@@ -250,11 +260,13 @@ class Watch:
 
     def _wait_a_period(self) -> bool:
         """Whether the watch is closing."""
-        began = time.monotonic()
+        due = time.monotonic() + _PERIOD
         closing = self.closing.wait(_PERIOD)
-        longer = time.monotonic() - began - _PERIOD
-        if longer > _HALT:
-            self.halted += longer
+        with self.lock:  # both threads wake after the same suspension, which counts once
+            now = time.monotonic()
+            longer = now - max(due, self.resumed)
+            if longer > _HALT:
+                self.halted, self.resumed = self.halted + longer, now
         return closing
 
     def _live(self) -> None:
@@ -265,15 +277,14 @@ class Watch:
                 self.store.set(f"alive/{self.rank}", f"{self.beats} {self.step}")
                 self._agree()
                 self._listen()
+                self.answered = self._now()
+                lost = self._lost()
             except RuntimeError:  # the store is gone, and with it who keeps it
-                if not self.closing.is_set():
+                if not self.leaving:
                     self._end(f"{self.keeper} is gone")
                 return
-            self.answered = now = self._now()
-            lost = [r for r, (_, when) in self.heard.items() if now - when > self.timeout]
             if lost:
-                names = ", ".join(map(str, sorted(lost)))
-                self._end(f"no sign of life from rank {names} for {self.timeout:.0f} s")
+                self._end(lost)
 
     def _guard(self) -> None:
         """A store that the network has cut off neither answers nor raises: who asks it waits."""
@@ -323,6 +334,25 @@ class Watch:
             sign = self.store.get(key).decode() if self.store.check([key]) else ""
             if rank not in self.heard or self.heard[rank][0] != sign:
                 self.heard[rank] = (sign, now)
+
+    def _lost(self) -> str:
+        """Why this rank cannot go on without another one, if so. Rank 0 tells the others."""
+        assert self.store is not None
+        now = self._now()
+        lost = [
+            rank
+            for rank, (_, when) in sorted(self.heard.items())
+            if now - when > self.timeout and not self.store.check([f"told/left {rank}"])
+        ]
+        if not lost:
+            told = self.rank != 0 and self.store.check(["lost"])
+            return self.store.get("lost").decode() if told else ""
+        names = ", ".join(map(str, lost))
+        why = f"no sign of life from rank {names} for {self.timeout:.0f} s"
+        if self.rank == 0:
+            self.store.set("lost", why)
+            time.sleep(4 * _PERIOD)  # in which they read it: the store may go with this rank
+        return why
 
     def _end(self, why: str) -> None:
         """The loop may wait for a collective that never ends: nothing else gets it out."""

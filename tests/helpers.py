@@ -151,6 +151,11 @@ def run(
     )
 
 
+def children_of(process: int) -> list[int]:
+    """The processes that its main thread started, in their order."""
+    return [int(c) for c in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def all_end(processes: Sequence[subprocess.Popen[str]], timeout: float) -> list[str]:
     """What each of them said on standard error; all must end well, and none lives on."""
     try:

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.helpers import ACCELERATE, free_port
+from tests.helpers import ACCELERATE, children_of, free_port
 
 _numbers = itertools.count(os.getpid() % 10_000 * 10)
 
@@ -95,8 +95,7 @@ def two_hosts() -> Iterator[Hosts]:
 
 def _family(process: int) -> list[int]:
     """A process and all that descend from it: ranks have sessions of their own."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [process, *(each for child in children for each in _family(int(child)))]
+    return [process, *(each for child in children_of(process) for each in _family(child))]
 
 
 def _connect(names: tuple[str, str], addresses: tuple[str, str]) -> None:

@@ -118,19 +118,17 @@ def test_what_is_reported_of_timings() -> None:
 
 
 def test_a_curve_is_read_between_its_points(tmp_path: Path) -> None:
-    ours = [(1.0, 25.0), (3.0, 27.0), (5.0, 28.0)]
+    ours = [(1.0, 25.0), (3.0, 27.0), (5.0, 28.0), (9.5, 27.9)]
     reference = [(0.1, 5.0), (4.0, 26.5)]
     assert curve.reached(ours, 26.0) == 2.0 and curve.reached(ours, 27.5) == 4.0
     assert curve.reached(ours, 24.0) == 1.0, "before the first point nothing is known"
     assert curve.reached(reference, 27.0) is None
     curves = {"ours": ours, "reference": reference}
     assert curve.table(curves, 26.0).splitlines() == [
-        "| minutes | ours | reference |",
-        "|---|---|---|",
-        "| 1 | 25.00 | 5.00 |",
-        "| 2 | 25.00 | 5.00 |",
-        "| 3 | 27.00 | 5.00 |",
-        "| 5 | 28.00 | 26.50 |",
+        "| minutes | 1 | 2 | 3 | 5 | 10 |",
+        "|---|---|---|---|---|---|",
+        "| ours | 25.00 | 25.00 | 27.00 | 28.00 | 28.00 |",
+        "| reference | 5.00 | 5.00 | 5.00 | 26.50 |  |",
         "(bicubic: 26.00 dB)",
     ]
     curve.draw(curves, 26.0, tmp_path / "curve.svg")

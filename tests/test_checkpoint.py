@@ -99,6 +99,16 @@ def test_pruning_keeps_what_was_just_saved(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000018"]
 
 
+def test_the_best_of_what_a_run_went_back_from_goes_too(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 9, keep=3, best="psnr")
+    save(folder, 36, keep=3, best="psnr", metrics={"psnr": 30.0})
+    assert (tmp_path / "best").resolve() == folder / "step-00000036"
+    save(folder, 12, keep=3, best="psnr")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000009", "step-00000012"]
+    assert not (tmp_path / "best").is_symlink()
+
+
 def test_one_that_is_saved_again_is_there_whenever_the_writer_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sr_dist import images, indexing, shards
-from tests.helpers import REPOSITORY, contents, free_port, refuse, succeed
+from tests.helpers import REPOSITORY, children_of, contents, free_port, refuse, succeed
 
 pytest.importorskip("distributed", reason="distributed (Dask) is not installed")
 pytestmark = pytest.mark.multiprocess
@@ -124,11 +124,7 @@ def test_what_was_finished_before_a_kill_is_kept(
     status, said = make_and_kill(
         tmp_path / "out",
         options,
-        lambda making: (
-            making
-            if killed == "the command"
-            else int(Path(f"/proc/{making}/task/{making}/children").read_text().split()[-1])
-        ),
+        lambda making: making if killed == "the command" else children_of(making)[-1],
     )
     if killed == "the command":
         assert status == -signal.SIGKILL

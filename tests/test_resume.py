@@ -37,6 +37,7 @@ from sr_dist.models import folding
 from tests.helpers import (
     ACCELERATE,
     REPOSITORY,
+    children_of,
     end_ranks,
     run_ranks,
     start,
@@ -504,12 +505,12 @@ def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
         try:
             assert running.stderr is not None
             assert any(line.startswith("epoch 1/") for line in running.stderr)
-            children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            children = children_of(running.pid)
             workers = [
                 c for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes()
             ]
             assert len(workers) == 2
-            os.kill(int(workers[0]), signal.SIGKILL)
+            os.kill(workers[0], signal.SIGKILL)
             _, said = running.communicate(timeout=60)
         finally:
             running.kill()
@@ -525,8 +526,8 @@ def test_a_killed_process_takes_its_loader_workers_along(recipe: Path) -> None:
     large = ("data.crop_size=64", "train.global_batch_size=16", "data.num_workers=2")
     started = start(SLOW_STEPS, recipe, "train.epochs=50", *large)
     started.wait_for("step 3\n")
-    pid = started.process.pid
-    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert started.process.pid is not None
+    workers = children_of(started.process.pid)
     assert len(workers) == 2
     started.signal(signal.SIGKILL)
     assert started.end().returncode == -signal.SIGKILL
@@ -609,9 +610,9 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
     ) as running:
         for step, victim in ((8, -1), (23, 0)):
             wait_for_step(running, step)
-            ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+            ranks = children_of(running.pid)
             assert len(ranks) == 2
-            os.kill(int(ranks[victim]), signal.SIGKILL)
+            os.kill(ranks[victim], signal.SIGKILL)
         said = running.communicate(timeout=120)[1]
     assert running.returncode == 0, said
     assert_same_run(trained_on_two, tmp_path / "runs/small")
@@ -647,8 +648,8 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "train.epochs=50"], **pipes) as running:
         wait_for_step(running, 3)
-        ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        os.kill(int(ranks[1]), signal.SIGUSR1)
+        ranks = children_of(running.pid)
+        os.kill(ranks[1], signal.SIGUSR1)
         steps, said = running.communicate(timeout=120)
     assert running.returncode == 1 and "exitcode  : 75" in said, said
     assert said.count("stopped before the launcher started it again") == 2, said
@@ -658,6 +659,39 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     again.wait_for(f"step {step + 1}\n")  # type: ignore[operator]
     again.signal(signal.SIGTERM)
     assert again.end().returncode == 75
+
+
+@pytest.mark.multiprocess
+def test_a_stop_before_the_first_step_is_one_too(recipe: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "1"]
+    command += ["--nproc_per_node", "1", "--monitor_interval", "0.2"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, str(SLOW_STEPS), str(recipe)], **pipes) as running:
+        assert running.stdout.readline() == "building\n"
+        os.kill(children_of(running.pid)[0], signal.SIGUSR1)
+        steps, said = running.communicate(timeout=120)
+    assert said.count("stopped before the launcher started it again") == 1, said
+    assert "step" not in steps
+
+
+@pytest.mark.multiprocess
+def test_a_launcher_that_ends_while_its_process_loads_takes_it_along(
+    recipe: Path, tmp_path: Path
+) -> None:
+    command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES.with_name("cpu.yaml"))]
+    command += [str(REPOSITORY / "launch/train.py"), "--config", str(recipe), "train.epochs=50"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 60
+        while (
+            not (its := children_of(running.pid))
+            or "libtorch" not in Path(f"/proc/{its[0]}/maps").read_text()
+        ):
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.01)
+        running.terminate()
+        said = running.communicate(timeout=60)[1]  # which both of them hold open
+    assert "Traceback" not in said
+    assert not list((tmp_path / "runs/small").glob("checkpoints/step-*"))
 
 
 @pytest.mark.multiprocess

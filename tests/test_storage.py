@@ -476,6 +476,41 @@ def test_the_cache_keeps_to_its_size(server: Server, sharded: Path, tmp_path: Pa
         shard_reader.check_files(index, small)
 
 
+def test_a_cache_needs_room_for_what_is_read_beside_it(
+    server: Server, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has made room stays on the disk while it is open."""
+    index = shards.read_index(serve(server, sharded))
+    sizes = sorted(shard.bytes for shard in index.shards)
+    cached = storage.Settings(cache_dir=str(tmp_path / "cache"), cache_bytes=sizes[-1])
+    for open_at_once, needed in ((0, 2 * sizes[-1]), (1, 3 * sizes[-1])):
+        for short in (0, 1):
+            usage = shutil._ntuple_diskusage(10**12, 0, needed - short)  # type: ignore[attr-defined]
+            monkeypatch.setattr(storage.shutil, "disk_usage", lambda _, usage=usage: usage)
+            if not short:
+                assert shard_reader.check_files(index, cached, open_at_once) == []
+                continue
+            with pytest.raises(UserError, match=r"has .* GB free, and the shards would take"):
+                shard_reader.check_files(index, cached, open_at_once)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_what_rots_in_the_cache_is_no_damage_of_the_shard(
+    server: Server, sharded: Path, tmp_path: Path, on_error: str
+) -> None:
+    address = serve(server, sharded)
+    cached = storage.Settings(cache_dir=str(tmp_path / "cache"))
+    expected = read(address, last=22, crops=1, settings=cached)
+    kept = sorted((tmp_path / "cache").glob("*.tar"))
+    content = bytearray(kept[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    kept[0].write_bytes(content)
+    with pytest.raises(UserError, match="the copy of .* has not the bytes any more .* removed"):
+        read(address, last=22, crops=1, settings=cached, on_error=on_error)
+    assert not kept[0].exists()
+    assert_equal(read(address, last=22, crops=1, settings=cached, on_error=on_error), expected)
+
+
 def _use_all(address: str, folder: str, order: list[int], most: int = 10**9) -> int:
     index = shards.read_index(address)
     cached = storage.Settings(cache_dir=folder, cache_bytes=most)

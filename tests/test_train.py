@@ -357,14 +357,16 @@ def test_a_launcher_that_starts_one_process_where_several_were_wanted_is_found_o
     assert done.returncode != 0 and "was told of several processes and started one" in done.stderr
     assert "1 process on cpu" in succeed(*two, "run.processes=1").stderr
 
-    known = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
-    for name in ("RANK", "WORLD_SIZE", *known):
+    ours = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR")
+    for name in ("RANK", "WORLD_SIZE", *ours):
         monkeypatch.delenv(name, raising=False)
     assert not distributed.lacks_processes(1)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert not distributed.lacks_processes(1), "no launcher was asked for anything"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert distributed.lacks_processes(1)
+    assert not distributed.launched_alone(), "people set that, too"
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert distributed.launched_alone() and distributed.lacks_processes(1)
     assert not distributed.lacks_processes(2), "as under mpirun"
     monkeypatch.setenv("RANK", "0")
     assert not distributed.lacks_processes(1)

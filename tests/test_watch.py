@@ -11,10 +11,11 @@ from tests.helpers import run
 
 
 class Silent:
-    """A store that does not answer, and says nothing of it."""
+    """A store that does not answer a sign of life, and says nothing of it."""
 
     def set(self, key: str, value: str) -> object:
-        threading.Event().wait()
+        if key.startswith("alive"):
+            threading.Event().wait()
         return None
 
     def get(self, key: str) -> bytes:
@@ -51,6 +52,16 @@ def test_the_time_of_a_suspended_process_does_not_count(monkeypatch: pytest.Monk
     assert held._wait_a_period() is False
     assert held._now() - before == pytest.approx(0.55)
     lost = 3600.0
+    before = held._now()
+    held._wait_a_period()
+    assert held._now() - before == pytest.approx(0.25)
+
+    def wait_in_both(seconds: float) -> bool:
+        monkeypatch.setattr(held.closing, "wait", wait)
+        held._wait_a_period()  # the other thread's, suspended with this one
+        return False
+
+    monkeypatch.setattr(held.closing, "wait", wait_in_both)
     before = held._now()
     held._wait_a_period()
     assert held._now() - before == pytest.approx(0.25)
@@ -216,3 +227,61 @@ def test_a_store_that_goes_is_said_to_be_gone_with_who_kept_it(
     with watch.Watch(1, 2, Gone(), 5, "rank 0") as held:
         held.threads[0].join(10)
     assert said == ["rank 0 is gone"]
+
+
+def test_rank_0_which_keeps_the_store_leaves_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where others take longer to end than a rank may be silent; after an error at once."""
+    monkeypatch.setattr(watch, "_PERIOD", 0.05)
+    said: list[str] = []
+    monkeypatch.setattr(watch.Watch, "_end", lambda self, why: said.append(why))
+    store, left = Kept(), []
+
+    def leave(rank: int, after: float) -> None:
+        with watch.Watch(rank, 3, store, timeout=0.4):
+            time.sleep(after)
+        left.append(rank)
+
+    threads = [
+        threading.Thread(target=leave, args=(rank, after))
+        for rank, after in ((0, 0.1), (1, 0.2), (2, 1.2))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert left in ([1, 2, 0], [1, 0, 2]) and said == []
+    assert store.check(["told/left 1", "told/left 2"])
+    with pytest.raises(ValueError), watch.Watch(0, 2, Kept(), timeout=60):
+        raise ValueError
+
+
+def test_a_silent_rank_is_named_by_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that do not listen to it know it from rank 0, before that and its store end."""
+    monkeypatch.setattr(watch, "_PERIOD", 0.05)
+    store, said = Kept(), {}
+    over = threading.Event()
+
+    def end(self: watch.Watch, why: str) -> None:
+        said.setdefault(self.rank, why)
+        self.closing.set()
+
+    monkeypatch.setattr(watch.Watch, "_end", end)
+
+    def live(rank: int) -> None:
+        with pytest.raises(ValueError), watch.Watch(rank, 3, store, timeout=0.5) as held:
+            if rank == 2:
+                time.sleep(0.3)
+                held.closing.set()  # it says nothing any more
+            over.wait(20)
+            raise ValueError
+
+    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 20
+    while len(said) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    over.set()
+    for thread in threads:
+        thread.join(20)
+    assert said == dict.fromkeys((0, 1), "no sign of life from rank 2 for 0 s")

@@ -69,7 +69,9 @@ def check(config: Config, processes: Processes, checkpoints: Path) -> Inputs:
     )
     validation, measured_on = None, ""
     if processes.is_main:
-        _check_shards(config, index, reading)
+        # Each crop of a step is of another shard, if there are as many.
+        lanes_here = plan.global_batch_size * distributed.local_world_size() // processes.world_size
+        _check_shards(config, index, reading, min(lanes_here, len(index.shards)))
         validation = _check_validation(config, reading)
         measured_on = f"{config.evaluation.protocol} {validation.fingerprint}"
     identity = _identity(config, index, plan)
@@ -120,8 +122,10 @@ def _check_nvjpeg(device: torch.device) -> None:
         ) from None
 
 
-def _check_shards(config: Config, index: shards.Index, reading: storage.Settings) -> None:
-    problems = shard_reader.check_files(index, reading)
+def _check_shards(
+    config: Config, index: shards.Index, reading: storage.Settings, open_at_once: int
+) -> None:
+    problems = shard_reader.check_files(index, reading, open_at_once)
     if problems and config.stream.on_error == "stop":
         more = f" ({len(problems)} shards are not as indexed)" if len(problems) > 1 else ""
         raise UserError(

@@ -39,11 +39,14 @@ class Result:
     protocol: dict[str, object]
 
 
-def run(config: Config, dry: bool = False, quiet: bool = False) -> Result | None:
+def run(
+    config: Config, dry: bool = False, quiet: bool = False, launcher: int | None = None
+) -> Result | None:
     """Train as configured, from the newest checkpoint of the run if there is one.
 
     `dry`: check all that can be checked, say what would be done, and return None. `quiet`: without
-    a live progress line.
+    a live progress line. `launcher`: the process that started this one, if it hands no signal on;
+    its end is taken for one.
 
     Raises:
         UserError: the configuration does not fit the data, the machine or the run's checkpoint.
@@ -58,7 +61,7 @@ def run(config: Config, dry: bool = False, quiet: bool = False) -> Result | None
         config.train.gradient_compression,
     ) as processes:
         saver = checkpoint.Saver(folder, keep=config.checkpoint.keep, best=config.checkpoint.best)
-        with processes.watch.signals(), saver:
+        with processes.watch.signals(launcher), saver:
             return _run(config, processes, saver, dry, quiet)
 
 
