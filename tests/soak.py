@@ -62,7 +62,7 @@ def begin(recipe: Path, *full: str) -> list[Started]:
 def wait_for_steps(rank: Started, number: int) -> int:
     """Wait for `number` steps after its first, which is returned."""
     rank.wait_for("step ", timeout=PATIENCE)
-    first = int(rank.said().split()[1])
+    first = int(rank.said().partition("step ")[2].split()[0])
     rank.wait_for(f"step {first + number}\n", timeout=PATIENCE)
     return first
 

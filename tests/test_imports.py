@@ -18,8 +18,8 @@ from tests.helpers import REPOSITORY, contents, succeed
 
 # A module may import those of lower levels alone.
 LEVELS = [
-    {"errors", "watch", "files", "ranks", "machine", "workers"},
-    {"remote"},
+    {"errors", "files", "ranks", "machine", "workers"},
+    {"remote", "watch"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},
     {"tensors", "models", "losses", "shards", "download"},

@@ -94,3 +94,5 @@ if __name__ == "__main__":
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     with distributed.joined("no", seed=0) as processes:
         main(processes)
+        for rank in range(1, RANKS):
+            processes.watch.tell(f"left {rank}")  # which those that there are would tell
