@@ -332,7 +332,7 @@ def joined(
         accelerator.num_processes,
         distributed_c10d._get_default_store() if several else None,
         timeout,
-        "the launcher that keeps the ranks together" if _launcher_keeps_store() else "rank 0",
+        _launcher_keeps_store(),
     )
     processes = Processes(
         accelerator=accelerator,
@@ -360,9 +360,10 @@ def joined(
     except BaseException as error:
         if isinstance(error, UserError) and processes.world_size > 1:
             error.silent = not _is_first_to_say(str(error))
-        if isinstance(error, KeyboardInterrupt):  # a stop before the first step
+        # A stop before the first step; by SIGTERM launchers end ranks also to start all again.
+        if isinstance(error, KeyboardInterrupt) and watch.signal in ("SIGINT", "SIGUSR1"):
             with contextlib.suppress(RuntimeError):  # a launcher that is gone starts none again
-                end_attempts(timeout)
+                end_attempts(min(timeout, 10))
         traceback.clear_frames(error.__traceback__)  # they hold the wrapped modules
         raise
     finally:

@@ -74,8 +74,9 @@ def check_cache(
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
     kept = sum(_size_of(path) or 0 for path in folder.glob("*.tar"))
-    beside = (1 + open_at_once) * max(missing)  # being fetched, and read though no longer kept
-    needed = min(sum(missing) + max(missing), max(0, most - kept) + beside)
+    # Those opened last are kept: where twice as many fit, none makes room while it is read.
+    beside = max(0, min(open_at_once * max(missing), 2 * open_at_once * max(missing) - most))
+    needed = min(sum(missing), max(0, most - kept) + beside) + max(missing)  # one being fetched
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -106,6 +107,8 @@ def check_cached(settings: Settings, address: str, size: int, sha256: str) -> No
         digest, _ = sha256_of_file(str(path))
     except FileNotFoundError:  # read from afar, or gone
         return
+    except OSError:  # a disk that cannot read it any more
+        digest = ""
     if digest == sha256:
         _sound.add(path)
         return

@@ -61,7 +61,7 @@ class Watch:
     """One rank's part. `store` is None where there is one rank: it agrees with itself at once.
 
     `timeout`: seconds without a sign of life after which a rank counts as lost; the others then end
-    with a message that names it. `keeper`: who keeps the store.
+    with a message that names it. `launcher_keeps_store`: which otherwise goes with rank 0.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Watch:
         world_size: int,
         store: Store | None,
         timeout: float,
-        keeper: str = "the launcher",
+        launcher_keeps_store: bool = False,
     ) -> None:
         self.rank, self.world_size, self.store, self.timeout = rank, world_size, store, timeout
-        self.keeper = keeper
+        self.launcher_keeps_store = launcher_keeps_store
         self.step = 0  # the one that this rank has begun, kept by the loop
         self.asked: set[str] = set()
         self.wanted: set[str] = set()  # what some rank asked for, with its round
@@ -106,15 +106,18 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self.store is None:
             return
-        if self.rank == 0 and (kind is None or issubclass(kind, Stopped)):
-            # The store may go with this rank, and without it the others would not end well.
-            for rank in range(1, self.world_size):
-                self.wait_for(f"left {rank}")
-        self.leaving = True
-        if self.rank:
-            with suppress(RuntimeError):  # rank 0 has ended by an error of its own
-                self.tell(f"left {self.rank}")
-        self.closing.set()
+        well = kind is None or issubclass(kind, Stopped)
+        try:
+            with suppress(RuntimeError):  # the store is gone: nobody is to be waited for or told
+                if self.rank == 0 and well and not self.launcher_keeps_store:
+                    for rank in range(1, self.world_size):  # without a store they cannot end well
+                        self.wait_for(f"left {rank}")
+                self.leaving = True
+                if self.rank:
+                    self.tell(f"left {self.rank}", "well" if well else "by an error")
+        finally:
+            self.leaving = True
+            self.closing.set()
         for thread in self.threads:
             thread.join(10)
 
@@ -281,7 +284,10 @@ class Watch:
                 lost = self._lost()
             except RuntimeError:  # the store is gone, and with it who keeps it
                 if not self.leaving:
-                    self._end(f"{self.keeper} is gone")
+                    keeper = "rank 0"
+                    if self.launcher_keeps_store:
+                        keeper = "the launcher that keeps the ranks together"
+                    self._end(f"{keeper} is gone")
                 return
             if lost:
                 self._end(lost)
@@ -335,6 +341,12 @@ class Watch:
             if rank not in self.heard or self.heard[rank][0] != sign:
                 self.heard[rank] = (sign, now)
 
+    def _left_well(self, rank: int) -> bool:
+        """Whether it has done its part; who left by an error may be waited for in vain."""
+        assert self.store is not None
+        key = f"told/left {rank}"
+        return self.store.check([key]) and self.store.get(key) == b"well"
+
     def _lost(self) -> str:
         """Why this rank cannot go on without another one, if so. Rank 0 tells the others."""
         assert self.store is not None
@@ -342,7 +354,7 @@ class Watch:
         lost = [
             rank
             for rank, (_, when) in sorted(self.heard.items())
-            if now - when > self.timeout and not self.store.check([f"told/left {rank}"])
+            if now - when > self.timeout and not self._left_well(rank)
         ]
         if not lost:
             told = self.rank != 0 and self.store.check(["lost"])

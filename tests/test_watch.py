@@ -224,9 +224,11 @@ def test_a_store_that_goes_is_said_to_be_gone_with_who_kept_it(
 
     said: list[str] = []
     monkeypatch.setattr(watch.Watch, "_end", lambda self, why: said.append(why))
-    with watch.Watch(1, 2, Gone(), 5, "rank 0") as held:
+    with watch.Watch(1, 2, Gone(), 5) as held:
         held.threads[0].join(10)
-    assert said == ["rank 0 is gone"]
+    with watch.Watch(1, 2, Gone(), 5, launcher_keeps_store=True) as held:
+        held.threads[0].join(10)
+    assert said == ["rank 0 is gone", "the launcher that keeps the ranks together is gone"]
 
 
 def test_rank_0_which_keeps_the_store_leaves_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,9 +252,27 @@ def test_rank_0_which_keeps_the_store_leaves_last(monkeypatch: pytest.MonkeyPatc
     for thread in threads:
         thread.join(20)
     assert left in ([1, 2, 0], [1, 0, 2]) and said == []
-    assert store.check(["told/left 1", "told/left 2"])
+    assert store.get("told/left 1") == store.get("told/left 2") == b"well"
     with pytest.raises(ValueError), watch.Watch(0, 2, Kept(), timeout=60):
         raise ValueError
+    with watch.Watch(0, 2, Kept(), timeout=60, launcher_keeps_store=True):
+        pass
+
+
+def test_a_rank_that_left_by_an_error_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_PERIOD", 0.05)
+    said: list[str] = []
+    monkeypatch.setattr(watch.Watch, "_end", lambda self, why: said.append(why))
+    store = Kept()
+    with pytest.raises(ValueError), watch.Watch(0, 2, store, timeout=0.4):
+        with pytest.raises(KeyError), watch.Watch(1, 2, store, timeout=5):
+            time.sleep(0.2)
+            raise KeyError
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+        raise ValueError
+    assert said and said[0] == "no sign of life from rank 1 for 0 s"
 
 
 def test_a_silent_rank_is_named_by_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
