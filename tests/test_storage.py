@@ -798,7 +798,8 @@ checkpoint: {{every_steps: 5}}
     running = start_ranks(2, worker, recipe, seen / "first", 0.2)
     deadline = time.monotonic() + 120
     checkpoint = tmp_path / "runs" / "far" / "checkpoints" / "step-00000005"
-    while not checkpoint.exists() or len((seen / "first-0").read_text().splitlines()) < 9:
+    records = [seen / f"first-{rank}" for rank in range(2)]
+    while not checkpoint.exists() or any(len(r.read_text().splitlines()) < 9 for r in records):
         assert time.monotonic() < deadline and running[0].process.exitcode is None
         time.sleep(0.05)
     for rank in running:
