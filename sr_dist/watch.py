@@ -146,12 +146,14 @@ class Watch:
         listening.start()
         over = threading.Event()
         outliving = threading.Thread(target=self._outlive, args=(launcher, over), daemon=True)
-        outliving.start()
+        if launcher is not None:
+            outliving.start()
         try:
             yield
         finally:
             over.set()
-            outliving.join()
+            if launcher is not None:
+                outliving.join()
             signal.set_wakeup_fd(wakeup)
             for each, handler in before.items():
                 signal.signal(each, handler)
@@ -175,9 +177,9 @@ class Watch:
                 if self.step:
                     self.ask("stop")
 
-    def _outlive(self, launcher: int | None, over: threading.Event) -> None:
+    def _outlive(self, launcher: int, over: threading.Event) -> None:
         """Tell this process of its launcher's end; what ended it may have told both."""
-        while launcher is not None and not over.wait(_PERIOD):
+        while not over.wait(_PERIOD):
             if os.getppid() != launcher:
                 if not self.signal:
                     os.kill(os.getpid(), signal.SIGTERM)

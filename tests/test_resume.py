@@ -662,16 +662,30 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
 
 
 @pytest.mark.multiprocess
-def test_a_stop_before_the_first_step_is_one_too(recipe: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_stop_before_the_first_step_is_one_too(recipe: Path, number: signal.Signals) -> None:
+    """But for SIGTERM, by which launchers also end the ranks that they will start again."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "1"]
     command += ["--nproc_per_node", "1", "--monitor_interval", "0.2"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, str(SLOW_STEPS), str(recipe)], **pipes) as running:
         assert running.stdout.readline() == "building\n"
-        os.kill(children_of(running.pid)[0], signal.SIGUSR1)
+        os.kill(children_of(running.pid)[0], number)
         steps, said = running.communicate(timeout=120)
-    assert said.count("stopped before the launcher started it again") == 1, said
-    assert "step" not in steps
+    told = said.count("stopped before the launcher started it again")
+    if number == signal.SIGTERM:
+        assert told == 0 and "step 36\n" in steps and running.returncode == 0
+    else:
+        assert told == 1 and "step" not in steps, said
+
+
+def has_loaded_torch(process: int) -> bool:
+    """A script, and not the launcher's own image before the script's takes its place."""
+    place = Path(f"/proc/{process}")
+    return (
+        b"accelerate" not in (place / "cmdline").read_bytes()
+        and "libtorch" in (place / "maps").read_text()
+    )
 
 
 @pytest.mark.multiprocess
@@ -682,10 +696,7 @@ def test_a_launcher_that_ends_while_its_process_loads_takes_it_along(
     command += [str(REPOSITORY / "launch/train.py"), "--config", str(recipe), "train.epochs=50"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
-        while (
-            not (its := children_of(running.pid))
-            or "libtorch" not in Path(f"/proc/{its[0]}/maps").read_text()
-        ):
+        while not (its := children_of(running.pid)) or not has_loaded_torch(its[0]):
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.01)
         running.terminate()
