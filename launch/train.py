@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from sr_dist.errors import exit_on_user_error, said_once_a_node
+from sr_dist.errors import UserError, exit_on_user_error, said_once_a_node
 
 EXAMPLE = """
 examples:
@@ -57,15 +57,8 @@ def main() -> None:
 
         from sr_dist import config, distributed, train
 
-        overrides = list(arguments.overrides)
-        if arguments.upscale_factor is not None:
-            overrides.append(f"data.scale={arguments.upscale_factor}")
-        if arguments.num_epochs is not None:
-            overrides.append(f"train.epochs={arguments.num_epochs}")
-        if arguments.batch_size is not None:
-            world_size = distributed.launched_world_size()
-            overrides.append(f"train.global_batch_size={arguments.batch_size * world_size}")
         with said_once_a_node():
+            overrides = all_overrides(arguments, distributed.launched_world_size())
             settings = config.load(arguments.config, overrides)
         level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
         if arguments.quiet:
@@ -81,6 +74,23 @@ def main() -> None:
             )
     if result is not None and result.means:
         print_summary(result)
+
+
+def all_overrides(arguments: argparse.Namespace, world_size: int) -> list[str]:
+    """Those given as `section.key=value`, and those by options."""
+    batch_size = None if arguments.batch_size is None else arguments.batch_size * world_size
+    found = list(arguments.overrides)
+    for option, key, value in (
+        ("--upscale_factor", "data.scale", arguments.upscale_factor),
+        ("--num_epochs", "train.epochs", arguments.num_epochs),
+        ("--batch_size", "train.global_batch_size", batch_size),
+    ):
+        if value is not None:
+            for override in arguments.overrides:
+                if override.startswith(f"{key}="):
+                    raise UserError(f"{option} sets {key}, and so does {override}; leave one out")
+            found.append(f"{key}={value}")
+    return found
 
 
 def print_summary(result: "train.Result") -> None:  # noqa: F821

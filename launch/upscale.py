@@ -77,6 +77,11 @@ def main() -> None:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
         if arguments.tile < 16:
             raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
+        if arguments.output.suffix.lower() in images.SUFFIXES and not arguments.output.is_dir():
+            raise UserError(
+                f"--output: expected a folder, found {arguments.output}; results are called as "
+                "their pictures are, NAME.png"
+            )
         pictures = dataset.find_pictures(arguments.input, apart_from=arguments.output)
         targets = dataset.png_targets([relative for _, relative in pictures])
         written = {(arguments.output / target).resolve() for target in targets}

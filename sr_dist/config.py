@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
@@ -388,15 +388,20 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         settings.apply_override(values, override, problems)
     given = dict(override.partition("=")[::2] for override in overrides)
     config = settings.build(Config, values, "", problems, given)
-    if not problems:
+    if config is not None:
         problems += _contradictions(config)
     if problems:
         listing = "".join(
-            f"\n  {problem}" + " (command line)" * (problem.partition(":")[0] in given)
+            f"\n  {problem}" + " (command line)" * _is_of(problem.partition(":")[0], given)
             for problem in problems
         )
         raise UserError(f"{path}: {len(problems)} problem(s) in the configuration:{listing}")
     return typing.cast(Config, config)
+
+
+def _is_of(place: str, given: Collection[str]) -> bool:
+    """Whether a key of `given` is `place`, or lies in that section."""
+    return any(key == place or key.startswith(f"{place}.") for key in given)
 
 
 def to_yaml(config: Config) -> str:

@@ -16,6 +16,7 @@ from sr_dist.models import folding
 
 SHIPPED = Path(__file__).resolve().parent / "shipped"  # a folder for each model in the package
 DEFAULT = "swift_srgan_x4"  # of them, where no other model is named
+_FOR_ELSEWHERE = (".onnx", ".pt2")  # what `export` writes besides
 EXTRA, BITS = "sr_dist", "sr_dist_bits"  # what our .pth.tar files carry beside "model"
 
 
@@ -157,6 +158,11 @@ def _read(path: Path, revision: str | None = None) -> tuple[dict[str, Tensor], d
         if (path.parent / checkpoint.META).is_file():  # which says what shapes do not
             description = checkpoint.find_in(path.parent).meta["generator"]
         return state, description, str(path)
+    if path.is_file() and path.suffix in _FOR_ELSEWHERE:
+        raise UserError(
+            f"{path} is for use elsewhere, and is not read back; give what it was exported from, "
+            "or export with --format safetensors"
+        )
     if path.is_file():
         return *_read_published(path), str(path)
     raise UserError(

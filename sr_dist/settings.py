@@ -85,17 +85,17 @@ def apply_override(values: dict[str, Any], override: str, problems: list[str]) -
 def build(
     kind: type, values: Any, prefix: str, problems: list[str], typed: Mapping[str, str]
 ) -> Any:
-    """An instance of dataclass `kind` from nested `values`, or None where `problems` grew.
+    """An instance of dataclass `kind` from nested `values`, or None where one cannot be used.
 
-    A problem starts with the dotted key; `prefix` is that of the section. `typed`: by dotted keys,
-    the words that values of the command line were read from.
+    `problems` get those, keys that are missing and keys that are unknown: each starts with the
+    dotted key; `prefix` is that of the section. `typed`: by dotted keys, the words that values of
+    the command line were read from.
     """
     if values is None:
         values = {}
     if not isinstance(values, Mapping):
         problems.append(f"{prefix.rstrip('.')}: expected a section with keys, found {values!r}")
         return None
-    before = len(problems)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     annotations = typing.get_type_hints(kind)
     for name in values:
@@ -106,19 +106,23 @@ def build(
             hint = f"did you mean {prefix}{near[0]}?" if near else f"valid: {', '.join(fields)}"
             problems.append(f"{prefix}{name}: unknown key; {hint}")
     given: dict[str, Any] = {}
+    usable = True
     for name, field in fields.items():
-        key, annotation = f"{prefix}{name}", annotations[name]
+        key, annotation, before = f"{prefix}{name}", annotations[name], len(problems)
         if dataclasses.is_dataclass(annotation):
             given[name] = build(
                 typing.cast(type, annotation), values.get(name), f"{key}.", problems, typed
             )
+            usable &= given[name] is not None
         elif name in values:
             given[name] = _value(
                 key, values[name], annotation, field.metadata, problems, typed.get(key)
             )
+            usable &= len(problems) == before
         elif field.default is dataclasses.MISSING:
             problems.append(f"{key}: missing; {field.metadata['meaning']}")
-    return kind(**given) if len(problems) == before else None
+            usable = False
+    return kind(**given) if usable else None
 
 
 def _keys(kind: type, prefix: str = "") -> Iterator[str]:

@@ -34,6 +34,7 @@ Progress = Callable[[Iterable[Result], str, int], Iterable[Result]]  # (items, w
 
 ENCODINGS = ("webp", "png", "jpeg", "keep")
 _PROGRESS_FOLDER = ".progress"
+_REJECTS = "rejects.jsonl"
 _MEMBER_ENDINGS = {"webp": "webp", "png": "png", "jpeg": "jpg"}
 _KEPT_ENDINGS = {"WEBP": "webp", "PNG": "png", "JPEG": "jpg", "MPO": "jpg"}
 _MOST_PIXELS = {"webp": 16383, "jpeg": 65500}  # on a side
@@ -57,7 +58,7 @@ class Options:
 class Summary:
     samples: int
     shards: int
-    rejects: int
+    rejects: list[str]  # the name of each and the reason
     already_complete: bool = False
 
 
@@ -155,20 +156,20 @@ def write(
         raise
     _remove_partial(output)
     # The list of rejects comes first: index.json marks the shards as complete.
-    lines = "".join(
+    lines = [
         json.dumps({"source": reject["name"], "reason": reject["reject"]}) + "\n"
         for reject in sorted(rejects, key=lambda reject: reject["name"])
-    )
-    (output / "rejects.jsonl").unlink(missing_ok=True)
+    ]
+    (output / _REJECTS).unlink(missing_ok=True)
     if lines:
-        files.write_whole(output / "rejects.jsonl", lines)
+        files.write_whole(output / _REJECTS, "".join(lines))
     names = ("name", "count", "bytes", "sha256", "mark_every", "marks")
     listed = [shards.Shard(**{name: result[name] for name in names}) for result in written]
     side = min(result["smallest_side"] for result in written)
     text = shards.index_text(options.channels, side, listed, recorded)
     files.write_whole(output / shards.INDEX_NAME, text)
     shutil.rmtree(output / _PROGRESS_FOLDER)
-    return Summary(sum(shard.count for shard in listed), len(listed), len(rejects))
+    return Summary(sum(shard.count for shard in listed), len(listed), _rejects(output))
 
 
 def _in_turn(
@@ -239,9 +240,8 @@ def _open_output(output: Path, recorded: dict[str, Any], partition: str) -> Summ
         if problems := unreadable + differing:
             raise UserError(f"{problems[0]}; delete {output}, and run the same command again")
         shutil.rmtree(progress, ignore_errors=True)
-        rejects = output / "rejects.jsonl"
-        count = len(rejects.read_text().splitlines()) if rejects.exists() else 0
-        return Summary(index.samples, len(index.shards), count, already_complete=True)
+        rejects = _rejects(output)
+        return Summary(index.samples, len(index.shards), rejects, already_complete=True)
     started = {**recorded, "shards": partition}
     if inputs.exists():
         if json.loads(inputs.read_text()) != started:
@@ -258,6 +258,13 @@ def _open_output(output: Path, recorded: dict[str, Any], partition: str) -> Summ
     progress.mkdir(exist_ok=True)
     files.write_whole(inputs, json.dumps(started))
     return None
+
+
+def _rejects(output: Path) -> list[str]:
+    """The pictures that are listed there as rejected, each with the reason."""
+    path = output / _REJECTS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return ["{source} {reason}".format(**json.loads(line)) for line in lines]
 
 
 def _remove_partial(output: Path) -> None:

@@ -183,6 +183,11 @@ def test_upscale_refuses(picture: images.Picture, published: Path, tmp_path: Pat
         *(*common, "--checkpoint", tmp_path / "other.pth.tar", "--input", tmp_path / "a.png")
     )
     assert "no generator known here" in message
+    (tmp_path / "model.onnx").touch()
+    words = (*common, "--checkpoint", tmp_path / "model.onnx", "--input", tmp_path / "a.png")
+    assert "model.onnx is for use elsewhere, and is not read back" in refuse(*words)
+    single = ("--output", tmp_path / "b.PNG", "--input", tmp_path / "a.png")
+    assert "--output: expected a folder, found " in refuse("launch/upscale.py", *single)
     assert not output.exists()
 
 

@@ -68,6 +68,16 @@ def test_all_problems_come_at_once_each_with_its_key(tmp_path: Path) -> None:
         assert expected in message
 
 
+def test_unknown_keys_hide_no_contradiction(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, LEAST, "data.crop_size=98", "data.degradation.blurr=1", "losses.x=1")
+    message = str(caught.value)
+    assert "3 problem(s)" in message
+    assert "data.degradation.blurr: unknown key; valid: blur_sigma" in message
+    assert "losses: unknown key; did you mean loss? (command line)" in message
+    assert "data.crop_size: 98 is not a multiple of data.scale (4) (command line)" in message
+
+
 def test_section_that_is_no_section(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train: expected a section with keys, found 3"):
         load(tmp_path, LEAST, "train=3")

@@ -190,9 +190,9 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
         train.run(load(recipe, "train.epochs=3", *changed))
     changes = [message for message in caplog.messages if message.startswith("changed since")]
     assert changes == [
-        "changed since: optimizer.generator.learning_rate was 0.001, is 0.0001",
-        "changed since: train.epochs was 2, is 3",
-        "changed since: train.ema_half_life was 40.0, is 0.0",
+        "changed since its last start: optimizer.generator.learning_rate was 0.001, is 0.0001",
+        "changed since its last start: train.epochs was 2, is 3",
+        "changed since its last start: train.ema_half_life was 40.0, is 0.0",
     ]
     assert [row["Epoch"] for row in rows(first.folder)] == ["1", "2", "3"]
     settings = (first.folder / "config.yaml").read_text()
@@ -289,10 +289,10 @@ def test_a_run_can_go_back_and_another_can_go_on(
     caplog.clear()
     with caplog.at_level("INFO"):
         other = train.run(load(recipe, *branch))
-    assert [m for m in caplog.messages if m.startswith("changed since: ")] == [
-        "changed since: run.name was small, is branch",
-        "changed since: checkpoint.every_steps was 9, is None",
-        "changed since: checkpoint.keep was 9, is 3",
+    assert [m for m in caplog.messages if m.startswith("changed since its last start: ")] == [
+        "changed since its last start: run.name was small, is branch",
+        "changed since its last start: checkpoint.every_steps was 9, is None",
+        "changed since its last start: checkpoint.keep was 9, is 3",
     ]
     branched, _ = saved(other.folder)
     assert all(torch.equal(branched[name], value) for name, value in expected.items())
@@ -332,7 +332,7 @@ def test_batch_and_crops_can_change_on_the_way(
     cosine = "optimizer.generator.schedule=cosine"
     with caplog.at_level("INFO"):
         train.run(load(recipe, "train.global_batch_size=4", cosine))
-    assert "changed since: train.global_batch_size was 8, is 4" in caplog.messages
+    assert "changed since its last start: train.global_batch_size was 8, is 4" in caplog.messages
     meta = saved(first.folder)[1]
     samples = shards.read_index(load(recipe).data.train).samples
     assert (meta["step"], meta["images_seen"]) == (18 + samples // 4, 8 * 18 + samples // 4 * 4)
@@ -543,7 +543,7 @@ def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_pa
     for epochs, number in ((1, 2), (2, 1), (3, 2)):
         done = run_ranks(number, *words, f"train.epochs={epochs}")
         assert done.returncode == 0, done.stderr
-    assert "changed since: the number of processes was 1, is 2" in done.stderr
+    assert "changed since its last start: the number of processes was 1, is 2" in done.stderr
     assert [row["Epoch"] for row in rows(tmp_path / "runs/small")] == ["1", "2", "3"]
     assert saved(tmp_path / "runs/small")[1]["world_size"] == 2
 

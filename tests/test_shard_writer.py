@@ -122,7 +122,7 @@ def test_index_says_what_is_there(photographs: Path, tmp_path: Path) -> None:
     index = shards.read_index(str(tmp_path / "out"))
     keys = [sample.key for sample in samples(tmp_path / "out")]
     assert keys == [f"{number:09d}" for number in range(index.samples)]
-    assert (result.samples, result.shards, result.rejects) == (len(keys), len(index.shards), 0)
+    assert (result.samples, result.shards, result.rejects) == (len(keys), len(index.shards), [])
     for number, shard in enumerate(index.shards):
         digest, size = storage.sha256_of_file(index.address(number))
         assert (digest, size) == (shard.sha256, shard.bytes)
@@ -201,7 +201,12 @@ def test_rejects_are_listed_with_the_reason(photographs: Path, tmp_path: Path) -
     assert "is 300x50 pixels" in lines[0]["reason"]
     assert "cannot be decoded" in lines[1]["reason"]
     assert "no picture" in lines[2]["reason"]
-    assert result.rejects == 3
+    assert [reject.partition(" ")[0] for reject in result.rejects] == [
+        *("flat.png", "half.png", "text.png")
+    ]
+    assert result.rejects[0] == f"flat.png {lines[0]['reason']}"
+    again = write(source, tmp_path / "out", tile=64, samples_per_shard=30, workers=2)
+    assert again.already_complete and again.rejects == result.rejects
     index = shards.read_index(str(tmp_path / "out"))
     assert index.samples == len(samples(tmp_path / "out"))
     assert indexing.verify(str(tmp_path / "out")) == []
@@ -410,7 +415,7 @@ def test_what_an_encoding_cannot_hold_is_rejected(tmp_path: Path) -> None:
     images.save(np.zeros((96, 16384, 3), np.uint8), tmp_path / "in" / "long.png")
     images.save(np.zeros((96, 16383, 3), np.uint8), tmp_path / "in" / "most.png")
     result = write(tmp_path / "in", tmp_path / "out", tile=0)
-    assert (result.samples, result.rejects) == (1, 1)
+    assert (result.samples, len(result.rejects)) == (1, 1)
     reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
     assert reject["reason"] == "is 16384x96 pixels; webp holds 16383 on a side"
     assert write(tmp_path / "in", tmp_path / "png", tile=0, encode="png").samples == 2

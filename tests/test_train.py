@@ -561,6 +561,9 @@ def test_command_with_the_original_options(recipe: Path, tmp_path: Path) -> None
 def test_command_refuses_in_one_message(recipe: Path) -> None:
     message = refuse("launch/train.py", "--config", recipe, "trian.epochs=1")
     assert "trian: unknown key; did you mean train?" in message
+    both = ("--batch_size", 4, "train.global_batch_size=8")
+    message = refuse("launch/train.py", "--config", recipe, *both)
+    assert "--batch_size sets train.global_batch_size, and so does train.global_batch_" in message
     message = refuse("launch/train.py", "--config", recipe, "train.mixed_precision=fp16")
     assert "fp16 needs a GPU" in message
 

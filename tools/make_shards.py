@@ -5,7 +5,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -174,10 +174,10 @@ def write(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     done = "complete already: " if result.already_complete else ""
-    rejected = f", {result.rejects} rejected (rejects.jsonl)" if result.rejects else ""
-    print(
-        f"{arguments.output}: {done}{result.samples} samples in {result.shards} shard(s){rejected}"
-    )
+    print(f"{arguments.output}: {done}{result.samples} samples in {result.shards} shard(s)")
+    if result.rejects:
+        print(f"{len(result.rejects)} picture(s) rejected (rejects.jsonl):")
+        print_some(result.rejects)
 
 
 @contextlib.contextmanager
@@ -224,9 +224,13 @@ def index(given: list[str], min_size: int) -> None:
     print(f"{target}: {samples} samples in {len(tars)} shard(s)")
     if unusable:
         print(f"{len(unusable)} sample(s) cannot be used; train with stream.on_error=skip:")
-        print("\n".join(f"  {each}" for each in unusable[:_LISTED]))
-        if len(unusable) > _LISTED:
-            print(f"  … and {len(unusable) - _LISTED} more")
+        print_some(unusable)
+
+
+def print_some(lines: Sequence[str]) -> None:
+    print("\n".join(f"  {line}" for line in lines[:_LISTED]))
+    if len(lines) > _LISTED:
+        print(f"  … and {len(lines) - _LISTED} more")
 
 
 def verify(given: list[str], min_size: int) -> None:

@@ -75,7 +75,7 @@ def say(
     if ranks != processes.world_size:
         changes.append(f"the number of processes was {ranks}, is {processes.world_size}")
     for change in changes:
-        log.info("changed since: %s", change)
+        log.info("changed since its last start: %s", change)
     return changes
 
 
