@@ -25,6 +25,7 @@ from tests.helpers import REPOSITORY, Done, run, run_ranks
 
 TWO_PROCESSES = REPOSITORY / "launch" / "accelerate" / "cpu_2_processes.yaml"
 ONE_PROCESS = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
+SLOW_STEPS = REPOSITORY / "tests" / "workers" / "slow_steps.py"
 
 
 def load(recipe: Path, *overrides: str) -> config.Config:

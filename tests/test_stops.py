@@ -1,0 +1,247 @@
+"""Signals, killed processes and launchers: how a run ends, and that nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import (
+    ACCELERATE,
+    REPOSITORY,
+    children_of,
+    end_ranks,
+    start,
+    start_ranks,
+    succeed,
+)
+from tests.runs import (
+    SLOW_STEPS,
+    TWO_PROCESSES,
+    assert_same_run,
+    saved,
+    train_on_two,
+    wait_for_step,
+)
+
+
+def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
+    overrides = ["train.epochs=50", "tracking.log_every_steps=1"]
+    with subprocess.Popen(
+        [*command, *overrides],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:  # until its second epoch: one checkpoint is there
+            if line.startswith("epoch 2/"):
+                break
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it, workers included
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 75
+    assert "Traceback" not in said
+    assert re.search(
+        r"stopped by SIGINT at step \d+ of 900; the same command goes on from there", said
+    )
+    assert "going on from" in succeed("launch/train.py", "--config", recipe).stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
+    """As by a system that runs out of memory; its fellows, which ignore SIGTERM, end too."""
+    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
+    with subprocess.Popen(
+        [*command, "train.epochs=50", "data.num_workers=2"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        try:
+            assert running.stderr is not None
+            assert any(line.startswith("epoch 1/") for line in running.stderr)
+            children = children_of(running.pid)
+            workers = [
+                c for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes()
+            ]
+            assert len(workers) == 2
+            os.kill(workers[0], signal.SIGKILL)
+            _, said = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    # torch says so itself where the signal of the death comes before the loss of the connection.
+    told = {1: "is killed by signal: Killed", 2: "a loader worker ended with status -9 (-9: killed"}
+    assert told[running.returncode] in said
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_killed_process_takes_its_loader_workers_along(recipe: Path) -> None:
+    """Also those that wait for somebody to read their batches, which no pipe holds in whole."""
+    large = ("data.crop_size=64", "train.global_batch_size=16", "data.num_workers=2")
+    started = start(SLOW_STEPS, recipe, "train.epochs=50", *large)
+    started.wait_for("step 3\n")
+    assert started.process.pid is not None
+    workers = children_of(started.process.pid)
+    assert len(workers) == 2
+    started.signal(signal.SIGKILL)
+    assert started.end().returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.05)
+
+
+@pytest.mark.multiprocess
+def test_a_signal_to_any_rank_stops_all_after_a_checkpoint(
+    recipe: Path, tmp_path: Path, trained_on_two: Path
+) -> None:
+    """Stopped twice, by signals to one and the other rank: the run of one unbroken."""
+    for number, rank, caught in (
+        (signal.SIGUSR1, 1, 5),
+        (signal.SIGTERM, 0, 25),
+    ):
+        ranks = start_ranks(2, SLOW_STEPS, recipe)
+        ranks[rank].wait_for(f"step {caught}\n")
+        ranks[rank].signal(number)
+        ended = end_ranks(ranks)
+        said = [done.stderr for done in ended]
+        assert [done.returncode for done in ended] == [75, 75], said
+        step = saved(tmp_path / "runs/small")[1]["step"]
+        assert f"at step {step} of 36; the same command goes on from there" in said[0]
+        assert caught <= step < 36 and "Traceback" not in said[0] + said[1]  # type: ignore
+    train_on_two(recipe)
+    assert_same_run(trained_on_two, tmp_path / "runs/small")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_is_named_by_the_others(recipe: Path, killed: int) -> None:
+    settings = ("train.global_batch_size=6", "train.epochs=50", "run.timeout_minutes=0.3")
+    ranks = start_ranks(3, SLOW_STEPS, recipe, *settings)
+    ranks[killed].wait_for("step 3\n")
+    ranks[killed].signal(signal.SIGKILL)
+    for rank, process in enumerate(ranks):
+        done = process.end()
+        if rank != killed:
+            assert done.returncode == 1
+            assert f"rank {killed} is gone; run the same command" in done.stderr
+            assert "Traceback" not in done.stderr
+
+
+@pytest.mark.multiprocess
+def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
+    recipe: Path, tmp_path: Path, trained_on_two: Path
+) -> None:
+    """Under --max_restarts, one rank killed and later the other: the run of one unbroken."""
+    command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES), "--max_restarts", "2"]
+    command += ["--monitor_interval", "0.5"]
+    command += [str(SLOW_STEPS), str(recipe)]
+    with subprocess.Popen(
+        [*command, "checkpoint.every_steps=5"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        for step, victim in ((8, -1), (23, 0)):
+            wait_for_step(running, step)
+            ranks = children_of(running.pid)
+            assert len(ranks) == 2
+            os.kill(ranks[victim], signal.SIGKILL)
+        said = running.communicate(timeout=120)[1]
+    assert running.returncode == 0, said
+    assert_same_run(trained_on_two, tmp_path / "runs/small")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_launcher_stops_its_ranks_after_a_checkpoint(
+    recipe: Path, tmp_path: Path, processes: int
+) -> None:
+    """The launcher of several hands it on; that of one ends without a word."""
+    launcher = {1: TWO_PROCESSES.with_name("cpu.yaml"), 2: TWO_PROCESSES}[processes]
+    command = [*ACCELERATE, "launch", "--config_file", str(launcher)]
+    command += [str(SLOW_STEPS), str(recipe), "train.epochs=50"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as running:
+        wait_for_step(running, 3)
+        running.terminate()
+        steps, said = running.communicate(timeout=120)
+    step = saved(tmp_path / "runs/small")[1]["step"]
+    assert f"at step {step} of 900; the same command goes on from there" in said
+    assert running.returncode != 0
+
+
+@pytest.mark.multiprocess
+def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """Of its two further attempts none trains; the next start goes on."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "2"]
+    command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
+    command += [str(SLOW_STEPS), str(recipe)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "train.epochs=50"], **pipes) as running:
+        wait_for_step(running, 3)
+        ranks = children_of(running.pid)
+        os.kill(ranks[1], signal.SIGUSR1)
+        steps, said = running.communicate(timeout=120)
+    assert running.returncode == 1 and "exitcode  : 75" in said, said
+    assert said.count("stopped before the launcher started it again") == 2, said
+    step = saved(tmp_path / "runs/small")[1]["step"]
+    assert f"step {step}" in steps and f"step {step + 1}" not in steps  # type: ignore[operator]
+    (again,) = start_ranks(1, SLOW_STEPS, recipe, "train.epochs=50")
+    again.wait_for(f"step {step + 1}\n")  # type: ignore[operator]
+    again.signal(signal.SIGTERM)
+    assert again.end().returncode == 75
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_stop_before_the_first_step_is_one_too(recipe: Path, number: signal.Signals) -> None:
+    """But for SIGTERM, by which launchers also end the ranks that they will start again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "1"]
+    command += ["--nproc_per_node", "1", "--monitor_interval", "0.2"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, str(SLOW_STEPS), str(recipe)], **pipes) as running:
+        assert running.stdout.readline() == "building\n"
+        os.kill(children_of(running.pid)[0], number)
+        steps, said = running.communicate(timeout=120)
+    told = said.count("stopped before the launcher started it again")
+    if number == signal.SIGTERM:
+        assert told == 0 and "step 36\n" in steps and running.returncode == 0
+    else:
+        assert told == 1 and "step" not in steps, said
+
+
+def has_loaded_torch(process: int) -> bool:
+    """A script, and not the launcher's own image before the script's takes its place."""
+    place = Path(f"/proc/{process}")
+    return (
+        b"accelerate" not in (place / "cmdline").read_bytes()
+        and "libtorch" in (place / "maps").read_text()
+    )
+
+
+@pytest.mark.multiprocess
+def test_a_launcher_that_ends_while_its_process_loads_takes_it_along(
+    recipe: Path, tmp_path: Path
+) -> None:
+    command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES.with_name("cpu.yaml"))]
+    command += [str(REPOSITORY / "launch/train.py"), "--config", str(recipe), "train.epochs=50"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 60
+        while not (its := children_of(running.pid)) or not has_loaded_torch(its[0]):
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.01)
+        running.terminate()
+        said = running.communicate(timeout=60)[1]  # which both of them hold open
+    assert "Traceback" not in said
+    assert not list((tmp_path / "runs/small").glob("checkpoints/step-*"))
