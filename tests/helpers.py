@@ -25,10 +25,10 @@ Done = subprocess.CompletedProcess[str]
 # Also of all that the tests start: many run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Loading these takes a process more than four seconds of a processor, most of what a short training
-# takes. A server loads them once, and scripts run in forks of it; it loads nothing of the project.
+# takes. A server loads them once, and scripts run in forks of it; it loads nothing of sr_dist.
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["torch._dynamo", "torchvision", "accelerate", "torch.utils.tensorboard"]
+    ["torch._dynamo", "torchvision", "accelerate", "torch.utils.tensorboard", "tests.frozen"]
 )
 
 

@@ -7,8 +7,16 @@ source "$(dirname "$0")/../launch/environment.sh" dev
 
 ruff check .
 ruff format --check .
-mypy
+# Beside the tests, since it keeps one processor busy; it is heard when they are over.
+types=$(mktemp)
+mypy >"$types" 2>&1 &
+checked=$!
 # One thread each, since the tests themselves run side by side; one more than there are processors, since
 # many wait for something.
 workers=$(python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
-OMP_NUM_THREADS=1 python -m pytest -n "$workers" --dist worksteal "$@"
+status=0
+OMP_NUM_THREADS=1 python -m pytest -n "$workers" --dist worksteal "$@" || status=$?
+wait "$checked" || status=1
+cat "$types"
+rm "$types"
+exit "$status"
