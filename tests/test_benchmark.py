@@ -181,3 +181,6 @@ def test_the_longer_measurements(what: str) -> None:
         value = result[field]
         values = value.values() if isinstance(value, dict) else [value]
         assert values and all(number > 0 for number in values)
+    if what == "scaling":
+        assert result["sending_nothing"].keys() == result["ours"].keys()
+        assert all(number > 0 for number in result["sending_nothing"].values())

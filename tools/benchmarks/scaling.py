@@ -1,7 +1,8 @@
 """Two processes on this machine against one, each with one thread: pictures/s of training steps.
 
-Both are measured in the same two processes, in turns: in one turn rank 0 works alone and the other
-sleeps, in the next both work on a batch of their own and reduce their gradients.
+All is measured in the same two processes, in turns: in one both work on a batch of their own and
+reduce their gradients, in the next rank 0 works alone and the other sleeps, in the third both work
+and send nothing, which is what the machine has for two.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -67,8 +69,12 @@ def work(arguments: argparse.Namespace) -> None:
         cases = {head: _measure(processes, arguments, head) for head in HEADS}
         if not processes.is_main:
             return
+        compared = {head: (turns["together"], turns["alone"]) for head, turns in cases.items()}
         result = {
-            **measuring.summary("scaling", cases, "images/s", more_is_better=True),
+            **measuring.summary("scaling", compared, "images/s", more_is_better=True),
+            "sending_nothing": {
+                head: round(statistics.median(turns["apart"]), 4) for head, turns in cases.items()
+            },
             "world_size": processes.world_size,
             "config": {
                 "batch_size_per_process": arguments.batch_size,
@@ -81,7 +87,7 @@ def work(arguments: argparse.Namespace) -> None:
         arguments.worker.write_text(json.dumps(result))
 
 
-class _Alone(Processes):
+class _Apart(Processes):
     """One of several processes that trains without the others."""
 
     def wrap(
@@ -94,33 +100,31 @@ class _Alone(Processes):
 
 def _measure(
     processes: Processes, arguments: argparse.Namespace, head: str
-) -> tuple[list[float], list[float]]:
-    """Pictures/s of both together, and of rank 0 alone, in turns."""
+) -> dict[str, list[float]]:
+    """Pictures/s of both together, of rank 0 alone, and of both apart, in turns."""
     lr, hr = step.random_batch(arguments.batch_size, arguments.crop_size, arguments.scale)
     objective = gan.build_objective(**step.LOSSES, device=processes.device)
     together = step.our_step(
         processes, step.build_networks(processes, arguments.scale, head), objective
     )
-    alone = None
-    if processes.is_main:
-        fields = {f.name: getattr(processes, f.name) for f in dataclasses.fields(processes)}
-        single = _Alone(**{**fields, "world_size": 1})
-        alone = step.our_step(single, step.build_networks(single, arguments.scale, head), objective)
+    fields = {f.name: getattr(processes, f.name) for f in dataclasses.fields(processes)}
+    single = _Apart(**{**fields, "world_size": 1})
+    apart = step.our_step(single, step.build_networks(single, arguments.scale, head), objective)
     synchronize = measuring.synchronizer(processes.device)
-    found: tuple[list[float], list[float]] = ([], [])
+    found: dict[str, list[float]] = {"together": [], "alone": [], "apart": []}
     for turn in range(_WARM_UP + arguments.repetitions):
-        for both, rates in zip((True, False), found, strict=True):
-            processes.wait_for_main(f"{head} {turn} {both}")
-            run = together if both else alone
-            if run is None:
-                continue
-            synchronize()
-            began = time.perf_counter()
-            for _ in range(_STEPS):
-                run(lr, hr)
-            synchronize()
-            seconds = time.perf_counter() - began
+        for way, rates in found.items():
+            processes.wait_for_all(f"{head} {turn} {way}")
+            run = together if way == "together" else apart
+            images = 0.0  # a second, on this rank
+            if way != "alone" or processes.is_main:
+                synchronize()
+                began = time.perf_counter()
+                for _ in range(_STEPS):
+                    run(lr, hr)
+                synchronize()
+                images = arguments.batch_size * _STEPS / (time.perf_counter() - began)
+            both = processes.sum(torch.tensor(images, device=processes.device))
             if turn >= _WARM_UP:
-                images = arguments.batch_size * _STEPS * (processes.world_size if both else 1)
-                rates.append(images / seconds)
+                rates.append(float(both))
     return found
