@@ -17,9 +17,11 @@ from tests.runs import load
 
 @pytest.fixture
 def address(recipe: Path, tmp_path: Path) -> Iterator[str]:
-    """TensorBoard on a run of an epoch that was stopped and went on to a second one."""
+    """TensorBoard on a run that was stopped after an epoch and went on to a second, and another."""
     train.run(load(recipe, "train.epochs=1"))
     train.run(load(recipe, "train.epochs=2", "optimizer.generator.learning_rate=5e-4"))
+    other = ("run.name=other", "train.epochs=1", "optimizer.generator.learning_rate=0.002")
+    train.run(load(recipe, *other, "train.warmup_images=0"))
     port = free_port()
     words = ["-m", "tensorboard.main", "--logdir", tmp_path / "runs", "--port", port]
     # Its own reader: the fast one is a program that is not there for every machine.
@@ -66,4 +68,6 @@ def test_a_run_is_shown_with_its_charts_pictures_and_settings(address: str, brow
     page.get_by_text("learning_rate: 0.0005").first.wait_for()
     opened("hparams")
     page.get_by_text("optimizer.generator.learning_rate").first.wait_for()
+    for run in ("small", "other"):
+        page.get_by_text(f"{run}/tensorboard").first.wait_for()
     page.close()
