@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 
+from sr_dist import watch
 from sr_dist.errors import UserError, exit_on_user_error, said_once_a_node
 
+AGAIN = "The same command goes on from the last checkpoint."
 EXAMPLE = """
 examples:
   python launch/train.py --config configs/quickstart.yaml
@@ -52,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     parent = os.getppid()  # now: it may be gone when all is loaded
     arguments = parse_arguments()
-    with exit_on_user_error("The same command goes on from the last checkpoint."):
+    with exit_on_user_error(AGAIN), watch.left_at_once(AGAIN):
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         from sr_dist import config, distributed, train

@@ -203,7 +203,10 @@ def _prune(folder: Path, newest: Path, keep: int, best: str | None) -> None:
                 link.unlink()
     for old in _folders(folder):
         if old not in kept:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:  # as NFS does while something reads there
+                log.warning("an old checkpoint cannot be removed: %s: %s", old, error.strerror)
 
 
 def _meta(path: Path) -> dict[str, Any]:
@@ -313,11 +316,12 @@ def verify(folder: Path, names: Container[str] | None = None) -> Checkpoint:
 
     Raises:
         UserError: a file is missing or altered.
+        OSError: one cannot be read, which says nothing of what it holds.
     """
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         hashes = dict(meta["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no whole checkpoint: {META}: {error}") from None
     found = _checksum(meta)
     if meta.get(_CHECKSUM, found) != found or not hashes:

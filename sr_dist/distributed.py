@@ -55,6 +55,22 @@ class Processes:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
 
+    def rehearse(self, wrapped: nn.Module, example: Tensor) -> None:
+        """Reduce gradients once, of no consequence, before the first step of `wrapped`.
+
+        DistributedDataParallel sums gradients in one order in its first step, and in that in which
+        they came there from then on; with three addends or more the sums differ in their last bits.
+        A run that goes on would begin with another order than one that never stopped.
+        """
+        if self.world_size == 1:
+            return
+        wrapped.eval()  # BatchNorm's and spectral norm's buffers stay
+        with torch.compiler.set_stance("force_eager"):  # of other shapes than the steps' are
+            wrapped(example.to(self.device)).float().mean().backward()
+        wrapped.train()
+        for parameter in wrapped.parameters():
+            parameter.grad = None
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return self.accelerator.autocast()  # type: ignore[no-any-return]
 
@@ -274,6 +290,31 @@ def _join_again(backend: str, timeout: float) -> None:
     )
 
 
+def _accelerator(
+    on_cpu: bool, mixed_precision: str | None, timeout: float, compression: str
+) -> Accelerator:
+    """Made where all processes meet."""
+    # NCCL's own watch would end the process before ours has named the rank that is gone.
+    patience = timeout if on_cpu else timeout + 60
+    _join_again("gloo" if on_cpu else "nccl", patience)
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[
+            # BatchNorm's buffers are averaged before they are used, not sent at every forward.
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # The member, since accelerate takes no notice of its name as a string.
+                comm_hook=DDPCommunicationHookType.BF16
+                if compression == "bf16"
+                else DDPCommunicationHookType.NO,
+            ),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=patience)),
+        ],
+    )
+
+
 @contextlib.contextmanager
 def joined(
     mixed_precision: str | None, seed: int, timeout: float = 600.0, compression: str = "none"
@@ -297,25 +338,15 @@ def joined(
         if on_cpu and (mixed_precision or told) == "fp16":
             why = "the launcher was told to use the CPU" if told_cpu() else "none is here"
             raise UserError(f"mixed precision fp16 needs a GPU, and {why}; use bf16 or no")
-    if _was_stopped(timeout):
-        raise Stopped("stopped before the launcher started it again; the same command goes on")
-    _join_again("gloo" if on_cpu else "nccl", timeout)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=mixed_precision,
-        kwargs_handlers=[
-            # BatchNorm's buffers are averaged before they are used, not sent at every forward.
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                # The member, since accelerate takes no notice of its name as a string.
-                comm_hook=DDPCommunicationHookType.BF16
-                if compression == "bf16"
-                else DDPCommunicationHookType.NO,
-            ),
-            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout)),
-        ],
-    )
+    try:
+        if _was_stopped(timeout):
+            raise Stopped("stopped before the launcher started it again; the same command goes on")
+        accelerator = _accelerator(on_cpu, mixed_precision, timeout, compression)
+    except torch.distributed.DistError as error:
+        raise LostRank(
+            f"not all of {launched_world_size()} processes have met within {timeout:.0f} s: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
     if on_cpu and launched_world_size() > 1 and not told_cpu() and accelerator.is_main_process:
         log.warning("no GPU can be used here: all processes compute on the CPU")
     if on_cpu:

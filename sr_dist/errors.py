@@ -57,8 +57,7 @@ def exit_on_user_error(again: str = "") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(f"stopped. {again}".rstrip(), kind="")
+        say_stopped(again)
         raise SystemExit(GO_ON if again else INTERRUPTED) from None
     except Stopped as error:
         if os.environ.get("RANK", "0") == "0":
@@ -93,6 +92,12 @@ def said_once_a_node() -> Iterator[None]:
     except UserError as error:
         error.silent = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
+
+
+def say_stopped(again: str) -> None:
+    """Once on each machine; `again` as of `exit_on_user_error`."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        _say(f"stopped. {again}".rstrip(), kind="")
 
 
 def _say(message: str, kind: str = "error") -> None:

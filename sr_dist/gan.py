@@ -21,6 +21,7 @@ Scalars = dict[str, Tensor]  # detached, on the device
 # The averaged generator forgets its random start: its half-life is never more than this share of
 # the images seen so far (Karras et al. 2022, EDM).
 _EMA_RAMP = 0.05
+_LEAST_SIDE = 32  # pixels that a discriminator needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +162,8 @@ def build_networks(
             fused=True,
         )
         wrapped[name], optimizers[name] = processes.wrap(module, adamw)
+        channels = generator["channels"]
+        processes.rehearse(wrapped[name], torch.zeros(1, channels, _LEAST_SIDE, _LEAST_SIDE))
     return Networks(
         generator=bare["generator"],
         wrapped_generator=wrapped["generator"],

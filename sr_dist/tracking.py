@@ -9,6 +9,7 @@ import io
 import logging
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,15 @@ _COMPARED = ("psnr/SR", "ssim/SR", "lpips/SR")
 _SECTIONS = ("model", "loss", "optimizer", "train", "data")
 
 
+_tell = threading.excepthook
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Not of TensorBoard's, whose error is raised by the next call of its writer."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        _tell(failed)
+
+
 class Tracker:
     """Writes into the run's folder, for rank 0; `Silent` has the same methods for the others.
 
@@ -67,6 +77,7 @@ class Tracker:
 
     def __init__(self, folder: Path, *, first_step: int, first_epoch: int) -> None:
         self.folder = folder
+        threading.excepthook = _tell_of_thread
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self.csv = folder / "logs" / "metrics_1_train_results.csv"
         self.rows = [row for row in _read_rows(self.csv) if int(row["Epoch"]) <= first_epoch]
@@ -96,16 +107,17 @@ class Tracker:
             self.writer._get_file_writer().add_summary(part)  # type: ignore[no-untyped-call]
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        with self._named():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
     def picture(self, name: str, picture: images.Picture, epoch: int, step: int) -> None:
         """Into `samples/epoch_N/NAME.png` and TensorBoard."""
         path = self.folder / "samples" / f"epoch_{epoch}" / f"{name}.png"
         images.save(picture, path)
-        self.writer.add_image(
-            f"samples/{name}", np.ascontiguousarray(picture), step, dataformats="HWC"
-        )
+        pixels = np.ascontiguousarray(picture)
+        with self._named():
+            self.writer.add_image(f"samples/{name}", pixels, step, dataformats="HWC")
 
     def epoch(self, values: Mapping[str, float | int | str]) -> None:
         """Append a row of `CSV_COLUMNS`; the file always holds all epochs so far."""
@@ -115,10 +127,27 @@ class Tracker:
         writer.writeheader()
         writer.writerows(self.rows)
         files.write_whole(self.csv, text.getvalue())
-        self.writer.flush()
+        self.flush()
+
+    def flush(self) -> None:
+        """
+        Raises:
+            OSError: something written to TensorBoard since the start has not got to its file.
+        """
+        with self._named():
+            self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        with self._named():
+            self.writer.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.folder / "tensorboard")
+            raise
 
 
 class Silent(Tracker):
@@ -131,6 +160,7 @@ class Silent(Tracker):
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
     def picture(self, name: str, picture: images.Picture, epoch: int, step: int) -> None: ...
     def epoch(self, values: Mapping[str, float | int | str]) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 

@@ -21,6 +21,7 @@ class Interrupted(Exception):
 
 Look = Callable[[evaluate.Pair, Mapping[str, images.Picture]], None]
 
+_ELSEWHERE = "another rank could not evaluate; it says why"
 _SAMPLE_SIDE = 512  # HR pixels of a sample picture's panels, at most
 
 
@@ -91,7 +92,7 @@ class Validation:
         self, upscalers: Mapping[str, evaluate.Upscaler], look: Look
     ) -> list[evaluate.Row]:
         """A row for every picture and upscaler, from all ranks."""
-        pictures = range(evaluate.count(self.data, self.reading))
+        pictures = range(self._count())
         mine = [picture for picture in pictures if self._rank_of(picture) == self.rank]
         pairs = evaluate.read_pairs(
             self.data,
@@ -132,7 +133,7 @@ class Validation:
         if failure is not None:
             raise failure
         if joined[-1]:
-            raise UserError("another rank could not evaluate; it says why")
+            raise UserError(_ELSEWHERE)
         if joined[-2]:
             raise Interrupted
         return [
@@ -140,6 +141,26 @@ class Validation:
             for picture, of_upscalers in enumerate(joined[:-2].view_as(found).tolist())
             for name, (psnr, ssim, lpips) in zip(upscalers, of_upscalers, strict=True)
         ]
+
+    def _count(self) -> int:
+        """The number of pictures, if all ranks find the same."""
+        failure, number = None, 0
+        try:
+            number = evaluate.count(self.data, self.reading)
+        except Exception as error:
+            failure = error
+        failures, sum_, squares = self.total(
+            torch.tensor([failure is not None, number, number**2], dtype=torch.float64)
+        ).tolist()
+        if failure is not None:
+            raise failure
+        if failures:
+            raise UserError(_ELSEWHERE)
+        if (sum_, squares) != (number * self.ranks, number**2 * self.ranks):
+            raise UserError(
+                f"rank {self.rank} finds {number} picture(s) in {self.data}, others another number"
+            )
+        return number
 
     def _rank_of(self, picture: int) -> int:
         """Rank 0, which writes, measures those that are shown."""

@@ -34,7 +34,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
-from sr_dist.errors import Stopped
+from sr_dist.errors import GO_ON, Stopped, say_stopped
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,52 @@ _SILENT = 3.0  # seconds without a sign of life that tell of a rank, once someth
 _ECHO = 0.5
 _HALT = 1.0  # seconds more than a period that tell of a process that was suspended
 _GONE = 1  # exit status
+
+
+@contextmanager
+def left_at_once(again: str) -> Iterator[None]:
+    """While nothing has begun that could be lost, `SIGNALS` end this process with status `GO_ON`.
+
+    Also where it waits for others in a call that hears none. `again`: what running the command
+    again does.
+    """
+
+    def leave(numbers: socket.socket) -> None:
+        while received := numbers.recv(1):
+            if received[0] in SIGNALS:
+                say_stopped(again)
+                os._exit(GO_ON)
+
+    with _heard_by(leave, lambda number, frame: None):
+        yield
+
+
+@contextmanager
+def _heard_by(
+    hear: Callable[[socket.socket], None], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """`hear` reads a byte for each signal, in a thread; `handler` is for the main one, when it can.
+
+    Signals but `SIGNALS` are heard too.
+    """
+    theirs, ours = socket.socketpair()
+    ours.setblocking(False)  # as set_wakeup_fd wants it
+    before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
+        each: signal.signal(each, handler) for each in SIGNALS
+    }
+    wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+    listening = threading.Thread(target=hear, args=(theirs,), daemon=True, name="signals")
+    listening.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for each, former in before.items():
+            signal.signal(each, former)
+        ours.shutdown(socket.SHUT_WR)  # which ends the thread, whoever else holds it
+        listening.join()
+        ours.close()
+        theirs.close()
 
 
 class Store(Protocol):
@@ -136,31 +182,17 @@ class Watch:
             if not self.step:  # nothing has begun that could be lost
                 raise KeyboardInterrupt
 
-        theirs, ours = socket.socketpair()
-        ours.setblocking(False)  # as set_wakeup_fd wants it
-        before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
-            each: signal.signal(each, begin) for each in SIGNALS
-        }
-        wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
-        listening = threading.Thread(target=self._hear, args=(theirs,), daemon=True, name="signals")
-        listening.start()
         over = threading.Event()
         outliving = threading.Thread(target=self._outlive, args=(launcher, over), daemon=True)
-        if launcher is not None:
-            outliving.start()
-        try:
-            yield
-        finally:
-            over.set()
+        with _heard_by(self._hear, begin):
             if launcher is not None:
-                outliving.join()
-            signal.set_wakeup_fd(wakeup)
-            for each, handler in before.items():
-                signal.signal(each, handler)
-            ours.shutdown(socket.SHUT_WR)  # which ends the thread, whoever else holds it
-            listening.join()
-            ours.close()
-            theirs.close()
+                outliving.start()
+            try:
+                yield
+            finally:
+                over.set()
+                if launcher is not None:
+                    outliving.join()
 
     def _hear(self, numbers: socket.socket) -> None:
         """What the system writes there: a byte for each signal."""
@@ -218,6 +250,11 @@ class Watch:
             self.rounds[what] = self.rounds.get(what, 0) + 1
             del self.held[what], self.agreed[what]
         return True
+
+    def confirm(self, what: str) -> None:
+        """Return when all ranks have heard that it is asked for; one that is gone never does."""
+        while self.store is not None and what not in self.agreed:
+            time.sleep(0.01)
 
     def _key(self, what: str) -> str:
         return f"{what}/{self.rounds.get(what, 0)}"

@@ -27,6 +27,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: begun last, it would run on alone."""
     items.sort(key=lambda item: item.path.stem != "test_soak")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(7200))
 
 
 def pytest_collection_finish() -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -149,6 +152,20 @@ def run(
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
     )
+
+
+@contextlib.contextmanager
+def popen(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """`subprocess.Popen`; where the test fails it is killed, since nothing else may end it."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            with contextlib.suppress(OSError):  # it is gone
+                for child in children_of(process.pid):
+                    os.kill(child, signal.SIGKILL)
+            process.kill()
+            raise
 
 
 def children_of(process: int) -> list[int]:

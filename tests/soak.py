@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train on two ranks while faults strike at random; compare with a run that met none.
+"""Train on three ranks while faults strike at random; compare with a run that met none.
 
     python tests/soak.py                    20 faults, minutes long, a seed of its own
     python tests/soak.py --seed 7 --faults 50
@@ -30,6 +30,7 @@ from sr_dist import checkpoint, dataset, images, shard_writer  # noqa: E402
 from tests.helpers import Started, end_ranks, start_ranks  # noqa: E402
 from tests.runs import assert_same_run  # noqa: E402
 
+RANKS = 3  # with two, sums do not depend on the order of their addends
 PATIENCE = 120  # seconds for anything; a run that hangs fails here
 RECIPE = """
 run: {{name: {name}, output_dir: {folder}/runs, timeout_minutes: 0.5}}
@@ -39,7 +40,7 @@ model:
   generator: {{num_channels: 8, num_blocks: 1, global_skip: bicubic}}
   discriminator: {{head: gap}}
 loss: {{content: {{weight: 0}}, adversarial: {{kind: bce}}}}
-train: {{epochs: {epochs}, global_batch_size: 8, warmup_images: 40, ema_half_life: 40}}
+train: {{epochs: {epochs}, global_batch_size: 6, warmup_images: 40, ema_half_life: 40}}
 tracking: {{log_every_steps: 2}}
 checkpoint: {{every_steps: 3, keep: 4}}
 """
@@ -54,9 +55,9 @@ def prepare(folder: Path) -> None:
 
 
 def begin(recipe: Path, *full: str) -> list[Started]:
-    """Two ranks, slow enough to be caught at a step; `full`: of the disk, see full_disk.py."""
+    """The ranks, slow enough to be caught at a step; `full`: of the disk, see full_disk.py."""
     worker = "full_disk.py" if full else "slow_steps.py"
-    return start_ranks(2, f"tests/workers/{worker}", *full, recipe)
+    return start_ranks(RANKS, f"tests/workers/{worker}", *full, recipe)
 
 
 def wait_for_steps(rank: Started, number: int) -> int:
@@ -77,14 +78,14 @@ def kill_all(ranks: list[Started]) -> None:
     for rank in ranks:
         rank.signal(signal.SIGKILL)
     statuses, said = end(ranks)
-    assert statuses == [-signal.SIGKILL] * 2, said
+    assert statuses == [-signal.SIGKILL] * RANKS, said
 
 
 def kill_one(ranks: list[Started], chance: random.Random) -> None:
-    victim = chance.choice([0, 1])
+    victim = chance.randrange(RANKS)
     ranks[victim].signal(signal.SIGKILL)
     statuses, said = end(ranks)
-    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1, said
+    assert statuses.pop(victim) == -signal.SIGKILL and statuses == [1] * (RANKS - 1), said
     assert f"rank {victim} is gone" in said, said
 
 
@@ -92,7 +93,7 @@ def stop(ranks: list[Started], chance: random.Random) -> None:
     number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     chance.choice(ranks).signal(number)
     statuses, said = end(ranks)
-    assert statuses == [75, 75] and "the same command goes on from there" in said, said
+    assert statuses == [75] * RANKS and "the same command goes on from there" in said, said
 
 
 def fill_disk(recipe: Path, chance: random.Random) -> str:
@@ -102,7 +103,7 @@ def fill_disk(recipe: Path, chance: random.Random) -> str:
     number = chance.randint(1, 3) if name in of_checkpoint else 1  # there is one an epoch
     how = chance.choice(["once", "on"])
     statuses, said = end(begin(recipe, name, str(number), how))
-    assert statuses[0] == 2 and statuses[1] in (1, 2), (statuses, said)
+    assert statuses[0] == 2 and set(statuses[1:]) <= {1, 2}, (statuses, said)
     assert "No space left" in said and "cannot use" in said, said
     return f"full disk at {name}, {number}, {how}"
 
@@ -128,13 +129,13 @@ def damage(checkpoints: Path, chance: random.Random) -> str:
 def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> None:
     chance = random.Random(seed)
     prepare(folder)
-    epochs = 1 + faults * 3 // 5  # of 18 steps; a fault lets up to 8 pass, a full disk 18
+    epochs = 1 + faults // 2  # of 24 steps; a fault lets up to 9 pass, a full disk 24
     recipes = {}
     for name in ("unbroken", "struck"):
         recipes[name] = folder / f"{name}.yaml"
         recipes[name].write_text(RECIPE.format(name=name, folder=folder, epochs=epochs))
     statuses, said = end(begin(recipes["unbroken"]))
-    assert statuses == [0, 0], said
+    assert statuses == [0] * RANKS, said
     checkpoints = folder / "runs" / "struck" / "checkpoints"
     kinds = ["kill all", "kill one", "stop", "damage", "full disk"]
     left = [kinds[number % len(kinds)] for number in range(faults)]
@@ -163,9 +164,9 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
         newest = max((path.name for path in there), default="none")
         say(f"{number:3} of {faults}  {time.monotonic() - began:5.0f} s  {what}; newest: {newest}")
     statuses, said = end(begin(recipes["struck"]))
-    assert statuses == [0, 0], said
+    assert statuses == [0] * RANKS, said
     assert_same_run(folder / "runs" / "unbroken", folder / "runs" / "struck")
-    say(f"{faults} faults, {18 * epochs} steps: all as in the unbroken run")
+    say(f"{faults} faults, {24 * epochs} steps: all as in the unbroken run")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -168,6 +169,35 @@ def test_damaged_checkpoint_is_passed_over_by_name(
     (told,) = caplog.messages
     assert told.startswith(f"passed over a checkpoint: {newest} is no whole checkpoint: ")
     assert told.endswith(f"; {tmp_path / 'step-00000001'} is taken instead")
+
+
+def test_a_disk_that_does_not_answer_says_nothing_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that took it for damaged would begin anew, and remove it."""
+    save(tmp_path, 1)
+
+    def read_text(self: Path, **_: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.find_newest(tmp_path)
+
+
+def test_an_old_one_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path / ".nfs0001"))
+
+    save(tmp_path, 1, keep=1)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save(tmp_path, 2, keep=1)
+    assert "an old checkpoint cannot be removed: " in caplog.text
+    found = checkpoint.find_newest(tmp_path)
+    assert found is not None and found.step == 2
 
 
 @pytest.mark.parametrize("resume", ["auto", "PATH"])

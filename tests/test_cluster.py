@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sr_dist import images, indexing, shards
-from tests.helpers import REPOSITORY, children_of, contents, free_port, refuse, succeed
+from tests.helpers import REPOSITORY, children_of, contents, free_port, popen, refuse, succeed
 
 pytest.importorskip("distributed", reason="distributed (Dask) is not installed")
 pytestmark = pytest.mark.multiprocess
@@ -68,7 +68,7 @@ def make_and_kill(
     Returns its status and what it said.
     """
     command = [sys.executable, str(REPOSITORY / "tools" / "make_shards.py"), *map(str, options)]
-    with subprocess.Popen(
+    with popen(
         [*command, "--output", str(output)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from sr_dist import evaluate, generators, images, metrics, models, report, tensors, upscale
+from sr_dist import (
+    evaluate,
+    generators,
+    images,
+    metrics,
+    models,
+    report,
+    storage,
+    tensors,
+    tracking,
+    upscale,
+    validation,
+)
 from sr_dist.errors import UserError
 from tests.helpers import contents, refuse, succeed
 
@@ -442,3 +454,23 @@ def test_pictures_are_not_overwritten_by_results(photographs: Path, tmp_path: Pa
 
 def test_an_index_by_its_name_is_shards(sharded: Path) -> None:
     assert evaluate.count(f"{sharded}/index.json") == evaluate.count(str(sharded)) > 20
+
+
+def test_a_rank_that_cannot_count_the_pictures_lets_no_other_wait(
+    photographs: Path, tmp_path: Path
+) -> None:
+    """What all ranks give to the sum that they meet at, and what each makes of it."""
+
+    def run(data: Path, other: list[float]) -> None:
+        validation.Validation(
+            **{"data": str(data), "scale": 4, "channels": 3, "bits": 16, "tile": 64, "samples": 0},
+            **{"reading": storage.DEFAULT, "colour": "y", "lpips": None, "ranks": 2},
+            total=lambda values: values + torch.tensor(other, dtype=torch.float64),
+        ).run(models.build_generator("swift_srgan", scale=4, channels=3), tracking.Silent(), 1, 1)
+
+    with pytest.raises(UserError, match="gone does not exist"):
+        run(tmp_path / "gone", [0, 3, 9])
+    with pytest.raises(UserError, match="another rank could not evaluate; it says why"):
+        run(photographs, [1, 0, 0])
+    with pytest.raises(UserError, match=r"rank 0 finds 3 picture\(s\) in .*, others another nu"):
+        run(photographs, [0, 2, 4])

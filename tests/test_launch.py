@@ -20,7 +20,16 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from sr_dist import distributed
 from sr_dist.errors import UserError
-from tests.helpers import ACCELERATE, REPOSITORY, all_end, contents, free_port, run, succeed
+from tests.helpers import (
+    ACCELERATE,
+    REPOSITORY,
+    all_end,
+    contents,
+    free_port,
+    popen,
+    run,
+    succeed,
+)
 from tests.runs import ONE_PROCESS, TWO_PROCESSES, launch, rows, saved
 
 LAUNCH = REPOSITORY / "launch"
@@ -185,7 +194,7 @@ def test_a_slurm_job_trains_and_goes_back_into_the_queue(
     slurm |= {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "n[1-2]"}
     job = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", str(recipe)]
     folder, stubs = tmp_path / "runs" / "small", Path(slurm["STUBS"])
-    with subprocess.Popen([*job, "train.epochs=300"], cwd=REPOSITORY, env=slurm) as running:
+    with popen([*job, "train.epochs=300"], cwd=REPOSITORY, env=slurm) as running:
         deadline = time.monotonic() + 150
         while not (folder / "logs").exists():  # the end of the first epoch
             assert time.monotonic() < deadline and running.poll() is None

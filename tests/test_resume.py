@@ -32,9 +32,7 @@ from sr_dist import (
 )
 from sr_dist.errors import Stopped, UserError, exit_on_user_error
 from sr_dist.models import folding
-from tests.helpers import (
-    run_ranks,
-)
+from tests.helpers import popen, run_ranks
 from tests.runs import (
     SLOW_STEPS,
     assert_same_run,
@@ -408,7 +406,7 @@ def test_a_folder_that_may_not_be_written_to_any_more_stops_the_run(
         pytest.skip("root here may not give up its right to write anywhere")
     settings = ("train.epochs=1", "checkpoint.every_steps=4")
     checkpoints = tmp_path / "runs" / "small" / "checkpoints"
-    with subprocess.Popen(
+    with popen(
         [sys.executable, str(SLOW_STEPS), str(recipe), *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

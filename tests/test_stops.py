@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ from tests.helpers import (
     REPOSITORY,
     children_of,
     end_ranks,
+    free_port,
+    popen,
     start,
     start_ranks,
     succeed,
@@ -35,7 +39,7 @@ from tests.runs import (
 def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
     overrides = ["train.epochs=50", "tracking.log_every_steps=1"]
-    with subprocess.Popen(
+    with popen(
         [*command, *overrides],
         stderr=subprocess.PIPE,
         text=True,
@@ -59,7 +63,7 @@ def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
 def test_a_loader_worker_that_is_killed_ends_the_run(recipe: Path) -> None:
     """As by a system that runs out of memory; its fellows, which ignore SIGTERM, end too."""
     command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
-    with subprocess.Popen(
+    with popen(
         [*command, "train.epochs=50", "data.num_workers=2"],
         stderr=subprocess.PIPE,
         text=True,
@@ -144,7 +148,7 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
     command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES), "--max_restarts", "2"]
     command += ["--monitor_interval", "0.5"]
     command += [str(SLOW_STEPS), str(recipe)]
-    with subprocess.Popen(
+    with popen(
         [*command, "checkpoint.every_steps=5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -161,6 +165,64 @@ def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
 
 
 @pytest.mark.multiprocess
+def test_a_rank_killed_while_another_measures_is_started_again(
+    recipe: Path, tmp_path: Path, trained_on_two: Path
+) -> None:
+    """The launcher then stops the one that measures, by the signal that people stop runs by."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "1"]
+    command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
+    command += [str(REPOSITORY / "tests" / "workers" / "slow_evaluation.py"), "3", str(recipe)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with popen([*command, "run.timeout_minutes=0.1"], **pipes) as running:
+        assert running.stdout.readline() == "measures\n"
+        (killed,) = (
+            child
+            for child in children_of(running.pid)
+            if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
+        )
+        os.kill(killed, signal.SIGKILL)
+        _, said = running.communicate(timeout=120)
+    assert running.returncode == 0, said
+    assert "stopped before the launcher started it again" not in said, said
+    assert_same_run(trained_on_two, tmp_path / "runs/small")
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_waits_for_others_can_be_stopped(recipe: Path) -> None:
+    """In the call that waits for them it hears no signal; as nothing has begun, it ends at once."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        waiting = start("launch/train.py", "--config", recipe, **environment)
+        with contextlib.closing(meet(int(environment["MASTER_PORT"]))):
+            waiting.signal(number)
+            done = waiting.end(timeout=20)
+        assert done.returncode == 75
+        assert done.stderr == "\nstopped. The same command goes on from the last checkpoint.\n"
+
+
+def meet(port: int) -> socket.socket:
+    """A connection to who listens there, once somebody does."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.multiprocess
+def test_processes_that_do_not_come_are_told_of(recipe: Path) -> None:
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = ("--config", recipe, "run.timeout_minutes=0.05")
+    done = start("launch/train.py", *words, **environment).end()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "error: not all of 2 processes have met within 3 s: " in done.stderr
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_the_launcher_stops_its_ranks_after_a_checkpoint(
     recipe: Path, tmp_path: Path, processes: int
@@ -170,7 +232,7 @@ def test_a_signal_to_the_launcher_stops_its_ranks_after_a_checkpoint(
     command = [*ACCELERATE, "launch", "--config_file", str(launcher)]
     command += [str(SLOW_STEPS), str(recipe), "train.epochs=50"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as running:
+    with popen(command, **pipes) as running:
         wait_for_step(running, 3)
         running.terminate()
         steps, said = running.communicate(timeout=120)
@@ -188,7 +250,7 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
     command += [str(SLOW_STEPS), str(recipe)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "train.epochs=50"], **pipes) as running:
+    with popen([*command, "train.epochs=50"], **pipes) as running:
         wait_for_step(running, 3)
         ranks = children_of(running.pid)
         os.kill(ranks[1], signal.SIGUSR1)
@@ -210,7 +272,7 @@ def test_a_stop_before_the_first_step_is_one_too(recipe: Path, number: signal.Si
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "1"]
     command += ["--nproc_per_node", "1", "--monitor_interval", "0.2"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, str(SLOW_STEPS), str(recipe)], **pipes) as running:
+    with popen([*command, str(SLOW_STEPS), str(recipe)], **pipes) as running:
         assert running.stdout.readline() == "building\n"
         os.kill(children_of(running.pid)[0], number)
         steps, said = running.communicate(timeout=120)
@@ -224,10 +286,13 @@ def test_a_stop_before_the_first_step_is_one_too(recipe: Path, number: signal.Si
 def has_loaded_torch(process: int) -> bool:
     """A script, and not the launcher's own image before the script's takes its place."""
     place = Path(f"/proc/{process}")
-    return (
-        b"accelerate" not in (place / "cmdline").read_bytes()
-        and "libtorch" in (place / "maps").read_text()
-    )
+    try:
+        return (
+            b"accelerate" not in (place / "cmdline").read_bytes()
+            and "libtorch" in (place / "maps").read_text()
+        )
+    except OSError:  # it has ended: a launcher asks other programs too before it starts the script
+        return False
 
 
 @pytest.mark.multiprocess
@@ -236,7 +301,7 @@ def test_a_launcher_that_ends_while_its_process_loads_takes_it_along(
 ) -> None:
     command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES.with_name("cpu.yaml"))]
     command += [str(REPOSITORY / "launch/train.py"), "--config", str(recipe), "train.epochs=50"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+    with popen(command, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
         while not (its := children_of(running.pid)) or not has_loaded_torch(its[0]):
             assert time.monotonic() < deadline and running.poll() is None

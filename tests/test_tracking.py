@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import pty
@@ -15,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from sr_dist import config, resuming, shards, tracking
+from sr_dist import checkpoint, config, resuming, shards, tracking, train
 from sr_dist.train import loop
-from tests.helpers import REPOSITORY, succeed
+from tests.helpers import REPOSITORY, popen, succeed
+from tests.runs import full_disk
 
 
 def test_progress_tells_speed_waiting_and_the_time_left(
@@ -51,13 +53,44 @@ def test_progress_tells_speed_waiting_and_the_time_left(
     assert "0:01:25 left" in caplog.text  # 680 pictures, at 120 in 15 seconds
 
 
+def test_a_disk_that_is_full_for_tensorboard_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracker = tracking.Tracker(tmp_path, first_step=0, first_epoch=0)
+    tracker.flush()
+    with full_disk(10):
+        tracker.scalars({"loss/pixel": 1.0}, 1)
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/tensorboard'"):
+            tracker.flush()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_no_checkpoint_is_ahead_of_tensorboard(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its points up to a checkpoint would otherwise be missing for good."""
+    real, calls = tracking.Tracker.flush, []
+
+    def flush(self: tracking.Tracker) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self)
+
+    monkeypatch.setattr(tracking.Tracker, "flush", flush)
+    with pytest.raises(OSError, match="No space left"):
+        train.run(config.load(recipe, ["checkpoint.every_steps=3", "data.num_workers=0"]))
+    found = checkpoint.find_newest(tmp_path / "runs" / "small" / "checkpoints")
+    assert found is not None and found.step == 3
+
+
 def test_a_terminal_shows_a_live_line_and_quiet_means_quiet(recipe: Path) -> None:
     ours, theirs = pty.openpty()
     size = struct.pack("HHHH", 40, 200, 0, 0)  # rows and columns
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
     command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
     environment = {**os.environ, "NO_COLOR": "1", "TERM": "xterm-256color"}
-    with subprocess.Popen(
+    with popen(
         [*command, "train.epochs=1"], stdout=subprocess.PIPE, stderr=theirs, env=environment
     ) as running:
         os.close(theirs)

@@ -242,7 +242,7 @@ def _settle(
         # it: like one that a stop cuts short it is made up for by the run that goes on, or
         # fails there again.
         measured: list[evaluate.Mean] = []
-        unmeasured = ends_epoch
+        unmeasured, interrupted = ends_epoch, False
         try:
             if ends_epoch and not (evaluates and stops):
                 epoch = course.epoch(step)
@@ -252,17 +252,20 @@ def _settle(
                     _end_epoch(this, tracker, epoch, epoch_sums, measured)
                 unmeasured = False
         except Interrupted:
-            pass
+            interrupted = True
         finally:
             if ends_epoch and not unmeasured:
                 state.epoch_means.sums.zero_()
             if processes.is_main:
+                tracker.flush()  # no checkpoint is ahead of what TensorBoard has
                 now = dataclasses.replace(course.at(step), unmeasured=unmeasured)
                 _save(this, now, buffers, measured, logged)
         stops = stops or unmeasured
         if processes.is_main and stops:  # before any rank ends: launchers end the others then
             this.saver.finish()
             tracker.close()
+            if interrupted:  # it may have been the launcher, because a rank is gone
+                processes.watch.confirm("stop")
             distributed.end_attempts(timeout=60 * this.config.run.timeout_minutes)
         return measured, bool(processes.wait_for_main(f"step {step}", "stop" * stops))
 

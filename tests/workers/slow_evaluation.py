@@ -1,4 +1,4 @@
-"""Trains RECIPE with OVERRIDES; the last rank that measures takes SECONDS more for it.
+"""Trains RECIPE with OVERRIDES; the last rank that measures says so, and takes SECONDS more for it.
 
 slow_evaluation.py SECONDS RECIPE OVERRIDES…
 """
@@ -17,6 +17,7 @@ slow = os.environ["RANK"] == "1" or "evaluation.ranks=all" not in overrides
 
 
 def slowly(*arguments, **options):  # type: ignore[no-untyped-def]
+    os.write(1, b"measures\n")
     time.sleep(float(seconds) * slow)
     return real(*arguments, **options)
 
