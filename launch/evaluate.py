@@ -112,7 +112,8 @@ def main() -> None:
             if description["scale"] != scale:
                 other = "--scale is" if arguments.scale else f"{arguments.checkpoint[0]} enlarges"
                 raise UserError(
-                    f"{path} enlarges {description['scale']} times, but {other} {scale}"
+                    f"{path} enlarges {description['scale']} times, but {other} {scale}; "
+                    "measure models of one scale at a time"
                 )
         upscalers = {name: evaluate.classical(name, scale) for name in arguments.method}
         channels, learned = {}, []
@@ -183,7 +184,10 @@ def main() -> None:
             summary = writer.finish(rows)
         for mean in evaluate.averages(rows):
             perceived = "" if mean.lpips is None else f"   LPIPS {mean.lpips:.4f}"
-            print(f"{mean.upscaler:20} PSNR {mean.psnr:7.3f} dB   SSIM {mean.ssim:.4f}{perceived}")
+            print(
+                f"{mean.upscaler:20} PSNR {mean.psnr:7.3f} dB   SSIM {mean.ssim:.4f}{perceived}   "
+                f"({arguments.protocol}, border {scale})"
+            )
         print(json.dumps(summary))
 
 

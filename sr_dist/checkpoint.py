@@ -191,7 +191,7 @@ def _prune(folder: Path, newest: Path, keep: int, best: str | None) -> None:
         if known:
             leader = max(known, key=lambda path: known[path])
             kept.add(leader)
-            fresh = folder.parent / f".best.{os.getpid()}"
+            fresh = folder.parent / ".best.part"
             fresh.unlink(missing_ok=True)
             fresh.symlink_to(Path(folder.name) / leader.name)
             os.replace(fresh, link)

@@ -254,8 +254,8 @@ class Train:
     )
     accumulation_steps: int = setting(
         1,
-        "parts that each rank's share of a batch is computed in, to save memory; BatchNorm "
-        "then sees the parts",
+        "parts that each rank's share of a batch is computed in, to save memory, for a second "
+        "forward of the generator; BatchNorm then sees the parts, twice",
         minimum=1,
     )
     sync_batchnorm: bool = setting(

@@ -36,6 +36,12 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what `whole` left below `folder` when it was killed. For one process at a time."""
+    for partial in folder.glob("**/.*.part"):
+        partial.unlink()
+
+
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file, text as UTF-8; see `whole`."""
     with whole(path) as file:

@@ -260,6 +260,7 @@ class Progress:
         self.waited = self.waited_at_mark = 0.0
         self.done_at_mark = work.done
         self.pauses: list[float] = []  # seconds; evaluations alone
+        self.first: tuple[int, float] | None = None  # pictures and seconds after the first step
         live = visible and sys.stderr.isatty()
         # Without tqdm's own time left, which knows neither of warm-ups nor of evaluations.
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
@@ -271,6 +272,8 @@ class Progress:
         """After a step: `waited` seconds passed before its batch was there."""
         self.done += pictures
         self.waited += waited
+        if self.first is None:
+            self.first = (self.done, time.perf_counter() - self.started)
         if self.bar is not None:
             self.bar.set_postfix_str(f"{_clock(self.left())} left{self.said}", refresh=False)
             self.bar.update(pictures)
@@ -278,11 +281,14 @@ class Progress:
     def left(self) -> float:
         """Seconds: training at the pace so far, and evaluations that take as long as those before.
 
-        Before the first, its length is guessed from its pixels.
+        The first step, in which much is done for once, counts where it is the only one. Before the
+        first evaluation, its length is guessed from its pixels.
         """
-        work = self.work
-        trained = time.perf_counter() - self.started - sum(self.pauses)
-        pace = trained / (work.cost(self.done) - work.cost(work.done))
+        work, begun, before = self.work, self.work.done, 0.0
+        if self.first is not None and self.first[0] < self.done:
+            begun, before = self.first
+        trained = time.perf_counter() - self.started - before - sum(self.pauses)
+        pace = trained / (work.cost(self.done) - work.cost(begun))
         training = pace * (work.cost(work.total) - work.cost(self.done))
         evaluation = statistics.fmean(self.pauses) if self.pauses else pace * work.evaluation
         return training + evaluation * max(0, work.evaluations - len(self.pauses))

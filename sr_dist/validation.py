@@ -78,12 +78,14 @@ class Validation:
                 values["lpips"] = mean.lpips
                 perceived = f"  LPIPS {mean.lpips:.4f}"
             log.info(
-                "epoch %d  %-8s PSNR %.3f dB  SSIM %.4f%s",
+                "epoch %d  %-8s PSNR %.3f dB  SSIM %.4f%s  (%s, border %d)",
                 epoch,
                 mean.upscaler,
                 mean.psnr,
                 mean.ssim,
                 perceived,
+                self.colour,
+                self.scale,
             )
             tracker.scalars({f"{name}/{mean.upscaler}": v for name, v in values.items()}, step)
         return means

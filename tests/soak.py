@@ -166,6 +166,8 @@ def soak(folder: Path, seed: int, faults: int, say: Callable[[str], None]) -> No
     statuses, said = end(begin(recipes["struck"]))
     assert statuses == [0] * RANKS, said
     assert_same_run(folder / "runs" / "unbroken", folder / "runs" / "struck")
+    left_behind = [path for path in (folder / "runs" / "struck").rglob(".*") if path.is_file()]
+    assert not left_behind, left_behind
     say(f"{faults} faults, {24 * epochs} steps: all as in the unbroken run")
 
 

@@ -149,6 +149,7 @@ def test_the_version_is_that_of_the_installed_package() -> None:
     import sr_dist
 
     assert sr_dist.__version__ == metadata.version("sr_dist")
+    assert f"\nversion: {sr_dist.__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("script", ["tests/run.sh", ".ci/run"])
@@ -172,6 +173,7 @@ def test_a_wheel_holds_what_it_needs(tmp_path: Path) -> None:
     packed = contents(tmp_path / "installed" / "sr_dist")
     held = contents(source / "sr_dist")
     assert {name: packed.get(name) for name in held} == held, "every file of the package is in it"
+    assert "py.typed" in packed
     done = succeed(
         *(sys.executable, "-m", "sr_dist"), cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed")
     )

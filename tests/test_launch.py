@@ -191,7 +191,12 @@ def test_a_slurm_job_trains_and_goes_back_into_the_queue(
     recipe: Path, tmp_path: Path, slurm: dict[str, str]
 ) -> None:
     slurm["SLURM_CPUS_PER_TASK"] = "3"
-    slurm |= {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "n[1-2]"}
+    slurm |= {
+        "SLURM_NNODES": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_JOB_NODELIST": "n[1-2]",
+    }
     job = ["bash", str(LAUNCH / "slurm.sbatch"), "--config", str(recipe)]
     folder, stubs = tmp_path / "runs" / "small", Path(slurm["STUBS"])
     with popen([*job, "train.epochs=300"], cwd=REPOSITORY, env=slurm) as running:
@@ -270,6 +275,9 @@ def test_the_kubernetes_file_is_of_the_published_schema() -> None:
     )
     for kind in ("PersistentVolumeClaim", "Deployment", "Service"):
         kubernetes.validate(found[kind], kubernetes.latest_version(), strict=True)
+    (node,) = found["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]
+    job = node["template"]["spec"]
+    assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"]) == (0, "Never")
     trainer = found["TrainJob"]["spec"]["trainer"]
     assert (REPOSITORY / trainer["args"][0]).is_file()
     assert (REPOSITORY / trainer["args"][2]).is_file()

@@ -568,13 +568,19 @@ def test_command_refuses_in_one_message(recipe: Path) -> None:
     assert "fp16 needs a GPU" in message
 
 
-def test_bf16(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.multiprocess
+def test_two_processes_compute_in_bf16_where_their_launcher_is_told(
+    recipe: Path, tmp_path: Path
+) -> None:
+    told, text = tmp_path / "bf16.yaml", TWO_PROCESSES.read_text()
+    assert 'mixed_precision: "no"' in text
+    told.write_text(text.replace('mixed_precision: "no"', "mixed_precision: bf16"))
     for precision in ("no", "bf16"):
-        done = succeed(
-            *("launch/train.py", "--config", recipe, f"run.name=in_{precision}"),
-            *(f"train.mixed_precision={precision}", "train.epochs=1", "train.warmup_images=0"),
-            of_first_shard(recipe),  # bf16 may be emulated
-        )
+        words = ("launch/train.py", "--config", recipe, f"run.name=in_{precision}")
+        words += ("train.epochs=1", "train.warmup_images=0", of_first_shard(recipe))
+        done = run_ranks(2, *words) if precision == "no" else launch(told, *words)
+        assert done.returncode == 0, done.stderr
+        assert f"2 processes on cpu, precision {precision}; " in done.stderr
     emulates = not machine.has_bf16(torch.device("cpu"))
     assert ("emulates it, many times slower" in done.stderr) == emulates
     exact, _ = saved(tmp_path / "runs" / "in_no")

@@ -38,10 +38,10 @@ sources:
 urls, div2k, flickr2k, pexels and kaggle need pip install 'sr_dist[sources]'.
 
 Running again adds what is new or missing; a download goes on where it broke off. manifest.csv in
-the output says of each downloaded picture: file, address, sha256, bytes, licence and attribution
-where they are known; failures.csv lists what could not be had, and why. Exit status 0: there are
-pictures, and what was left out is listed; 2: there are none, or something that was given is wrong;
-75: stopped, run again to go on.
+the output says of each downloaded picture (but for kaggle's): file, address, sha256, bytes, licence
+and attribution where they are known; failures.csv lists what could not be had, and why. Exit status
+0: there are pictures, and what was left out is listed; 2: there are none, or something that was
+given is wrong; 75: stopped, run again to go on.
 """
 
 # Which sources an option is for.

@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
@@ -117,6 +118,7 @@ def progress(items, what, total):  # type: ignore[no-untyped-def]
 def main() -> None:
     words = sys.argv[1:]
     arguments = parse_arguments(words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with exit_on_user_error("The same command goes on where it was."):
         if getattr(arguments, "command", "") == "index":
             index(arguments.shards, arguments.min_size)

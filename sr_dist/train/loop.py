@@ -23,7 +23,7 @@ from sr_dist import (
 )
 from sr_dist.config import Config
 from sr_dist.distributed import Processes
-from sr_dist.errors import Stopped
+from sr_dist.errors import Stopped, UserError
 from sr_dist.train import building, summary
 from sr_dist.train.building import Run
 from sr_dist.validation import Interrupted
@@ -62,7 +62,14 @@ def run(
     ) as processes:
         saver = checkpoint.Saver(folder, keep=config.checkpoint.keep, best=config.checkpoint.best)
         with processes.watch.signals(launcher), saver:
-            return _run(config, processes, saver, dry, quiet)
+            try:
+                return _run(config, processes, saver, dry, quiet)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the GPU's memory does not do: {str(error).splitlines()[0]} Lower "
+                    "train.global_batch_size, data.crop_size or evaluation.tile, or raise "
+                    "train.accumulation_steps"
+                ) from None
 
 
 def _run(

@@ -90,6 +90,7 @@ def main(processes: distributed.Processes) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group = pretend
+    distributed.Processes.rehearse = lambda *_: None  # after it no hook could count
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     with distributed.joined("no", seed=0) as processes:
