@@ -2,6 +2,7 @@
 """Train a super-resolution model, on as many processes as the launcher started."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -54,7 +55,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     parent = os.getppid()  # now: it may be gone when all is loaded
     arguments = parse_arguments()
-    with exit_on_user_error(AGAIN), watch.left_at_once(AGAIN):
+    with exit_on_user_error(AGAIN), contextlib.ExitStack() as loading:
+        loading.enter_context(watch.left_at_once(AGAIN))
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         from sr_dist import config, distributed, train
@@ -73,6 +75,7 @@ def main() -> None:
                 dry=arguments.dry_run,
                 quiet=arguments.quiet,
                 launcher=parent if distributed.launched_alone() else None,
+                met=loading.close,
             )
     if result is not None and result.means:
         print_summary(result)

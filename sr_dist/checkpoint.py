@@ -114,7 +114,7 @@ def write(folder: Path, held: Snapshot, *, keep: int, best: str | None = None) -
         if stale.name.endswith(_BEFORE) and not whole.exists():  # between the renames below
             os.rename(stale, whole)
         else:
-            shutil.rmtree(stale)
+            _remove(stale)
     partial.mkdir(parents=True)
     # Through memory: written by torch itself, a full disk would be an error like any other.
     training = io.BytesIO()
@@ -203,17 +203,24 @@ def _prune(folder: Path, newest: Path, keep: int, best: str | None) -> None:
                 link.unlink()
     for old in _folders(folder):
         if old not in kept:
-            try:
-                shutil.rmtree(old)
-            except OSError as error:  # as NFS does while something reads there
-                log.warning("an old checkpoint cannot be removed: %s: %s", old, error.strerror)
+            leaving = old.with_name(f"{old.name}.old.tmp")  # no checkpoint any more
+            os.rename(old, leaving)
+            _remove(leaving)
+
+
+def _remove(folder: Path) -> None:
+    """Later, where it cannot be done now: NFS keeps what something still reads."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", folder, error.strerror)
 
 
 def _meta(path: Path) -> dict[str, Any]:
     """What meta.json says; nothing where it is damaged."""
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return meta if isinstance(meta, dict) else {}
 

@@ -344,8 +344,7 @@ def joined(
         accelerator = _accelerator(on_cpu, mixed_precision, timeout, compression)
     except torch.distributed.DistError as error:
         raise LostRank(
-            f"not all of {launched_world_size()} processes have met within {timeout:.0f} s: "
-            f"{str(error).splitlines()[0]}"
+            f"the {launched_world_size()} processes could not meet: {str(error).splitlines()[0]}"
         ) from None
     if on_cpu and launched_world_size() > 1 and not told_cpu() and accelerator.is_main_process:
         log.warning("no GPU can be used here: all processes compute on the CPU")

@@ -37,9 +37,9 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what `whole` left below `folder` when it was killed. For one process at a time."""
-    for partial in folder.glob("**/.*.part"):
-        partial.unlink()
+    """Remove what `whole` left in `folder` when it was killed, for who alone writes there."""
+    for partial in folder.glob(f".*.{'[0-9a-f]' * 8}.part"):
+        partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import shutil
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -189,6 +190,11 @@ def _in_turn(
         wait(futures)
 
 
+def _begin_worker() -> None:
+    workers.end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the pool ends them by; its owner hears it
+
+
 @contextlib.contextmanager
 def local_workers(number: int) -> Iterator[Executor | None]:
     """An executor of so many processes on this machine; None for one, which is this process.
@@ -201,7 +207,7 @@ def local_workers(number: int) -> Iterator[Executor | None]:
     if number == 1:
         yield None
         return
-    executor = ProcessPoolExecutor(number, initializer=workers.end_with_parent)
+    executor = ProcessPoolExecutor(number, initializer=_begin_worker)
     try:
         yield executor
     except BrokenProcessPool:

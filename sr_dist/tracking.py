@@ -273,7 +273,8 @@ class Progress:
         self.done += pictures
         self.waited += waited
         if self.first is None:
-            self.first = (self.done, time.perf_counter() - self.started)
+            trained = time.perf_counter() - self.started - sum(self.pauses)
+            self.first = (self.done, trained)
         if self.bar is not None:
             self.bar.set_postfix_str(f"{_clock(self.left())} left{self.said}", refresh=False)
             self.bar.update(pictures)
@@ -287,7 +288,7 @@ class Progress:
         work, begun, before = self.work, self.work.done, 0.0
         if self.first is not None and self.first[0] < self.done:
             begun, before = self.first
-        trained = time.perf_counter() - self.started - before - sum(self.pauses)
+        trained = time.perf_counter() - self.started - sum(self.pauses) - before
         pace = trained / (work.cost(self.done) - work.cost(begun))
         training = pace * (work.cost(work.total) - work.cost(self.done))
         evaluation = statistics.fmean(self.pauses) if self.pauses else pace * work.evaluation

@@ -195,9 +195,12 @@ def test_an_old_one_that_cannot_be_removed_ends_no_run(
     save(tmp_path, 1, keep=1)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     save(tmp_path, 2, keep=1)
-    assert "an old checkpoint cannot be removed: " in caplog.text
+    assert "step-00000001.old.tmp cannot be removed: Directory not empty" in caplog.text
     found = checkpoint.find_newest(tmp_path)
     assert found is not None and found.step == 2
+    monkeypatch.undo()
+    save(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 @pytest.mark.parametrize("resume", ["auto", "PATH"])

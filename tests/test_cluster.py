@@ -61,9 +61,12 @@ def many_pictures(photographs: Path, folder: Path) -> tuple[str | int | Path, ..
 
 
 def make_and_kill(
-    output: Path, options: Iterable[object], victim: Callable[[int], int]
+    output: Path,
+    options: Iterable[object],
+    victim: Callable[[int], int],
+    number: signal.Signals = signal.SIGKILL,
 ) -> tuple[int, str]:
-    """Kill a process, found from that of `make_shards`, once three shards are there.
+    """Signal to a process, found from that of `make_shards`, once three shards are there.
 
     Returns its status and what it said.
     """
@@ -78,7 +81,7 @@ def make_and_kill(
         while len(list(output.glob("*.tar"))) < 3:
             assert time.monotonic() < deadline and making.poll() is None
             time.sleep(0.005)
-        os.kill(victim(making.pid), signal.SIGKILL)
+        os.kill(victim(making.pid), number)
         _, said = making.communicate(timeout=120)
     return making.returncode, said
 
@@ -115,7 +118,7 @@ def test_a_scheduler_that_does_not_answer(photographs: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("killed", ["a worker", "the command"])
+@pytest.mark.parametrize("killed", ["a worker", "the command", "the command, by SIGTERM"])
 def test_what_was_finished_before_a_kill_is_kept(
     photographs: Path, tmp_path: Path, killed: str
 ) -> None:
@@ -124,9 +127,12 @@ def test_what_was_finished_before_a_kill_is_kept(
     status, said = make_and_kill(
         tmp_path / "out",
         options,
-        lambda making: making if killed == "the command" else children_of(making)[-1],
+        lambda making: children_of(making)[-1] if killed == "a worker" else making,
+        signal.SIGTERM if "SIGTERM" in killed else signal.SIGKILL,
     )
-    if killed == "the command":
+    if "SIGTERM" in killed:
+        assert status == 75 and "stopped. The same command goes on where it was." in said
+    elif killed == "the command":
         assert status == -signal.SIGKILL
     else:
         assert status == 2 and "one of the 2 worker processes died" in said

@@ -568,6 +568,30 @@ def test_command_refuses_in_one_message(recipe: Path) -> None:
     assert "fp16 needs a GPU" in message
 
 
+def test_a_gpu_that_is_too_small_is_told_what_to_lower(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee more")
+
+    monkeypatch.setattr(gan, "training_step", step)
+    with pytest.raises(UserError) as caught:
+        train.run(load(recipe))
+    assert str(caught.value).startswith("the GPU's memory does not do: CUDA out of memory. Tried")
+    assert "9 GiB. Lower train.global_batch_size, " in str(caught.value)
+
+
+def test_what_a_killed_run_left_half_written_goes(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "small"
+    left = [folder / "models" / ".netG_4x.0123abcd.part", folder / ".config.yaml.0123abcd.part"]
+    of_others = [folder / ".pictures.part", folder / "models" / ".my.part"]
+    for path in (*left, *of_others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    train.run(load(recipe, "train.epochs=1", of_first_shard(recipe)))
+    assert [path.exists() for path in (*left, *of_others)] == [False, False, True, True]
+
+
 @pytest.mark.multiprocess
 def test_two_processes_compute_in_bf16_where_their_launcher_is_told(
     recipe: Path, tmp_path: Path

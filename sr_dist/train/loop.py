@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -40,13 +41,18 @@ class Result:
 
 
 def run(
-    config: Config, dry: bool = False, quiet: bool = False, launcher: int | None = None
+    config: Config,
+    dry: bool = False,
+    quiet: bool = False,
+    launcher: int | None = None,
+    met: Callable[[], object] = lambda: None,
 ) -> Result | None:
     """Train as configured, from the newest checkpoint of the run if there is one.
 
     `dry`: check all that can be checked, say what would be done, and return None. `quiet`: without
     a live progress line. `launcher`: the process that started this one, if it hands no signal on;
-    its end is taken for one.
+    its end is taken for one. `met`: called once all processes have met, before signals ask for
+    stops.
 
     Raises:
         UserError: the configuration does not fit the data, the machine or the run's checkpoint.
@@ -60,11 +66,13 @@ def run(
         60 * config.run.timeout_minutes,
         config.train.gradient_compression,
     ) as processes:
+        met()
         saver = checkpoint.Saver(folder, keep=config.checkpoint.keep, best=config.checkpoint.best)
         with processes.watch.signals(launcher), saver:
             try:
                 return _run(config, processes, saver, dry, quiet)
             except torch.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)  # they hold the wrapped modules
                 raise UserError(
                     f"the GPU's memory does not do: {str(error).splitlines()[0]} Lower "
                     "train.global_batch_size, data.crop_size or evaluation.tile, or raise "
@@ -247,7 +255,8 @@ def _settle(
         # The checkpoint comes after the evaluation, so that a run killed in between repeats
         # both. An evaluation that fails, or whose results find no room, takes no training with
         # it: like one that a stop cuts short it is made up for by the run that goes on, or
-        # fails there again.
+        # fails there again. (Where TensorBoard has no room for a few numbers, none is left for
+        # a checkpoint either.)
         measured: list[evaluate.Mean] = []
         unmeasured, interrupted = ends_epoch, False
         try:
