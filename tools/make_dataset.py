@@ -8,8 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sr_dist import archives
 from sr_dist.errors import UserError, exit_on_user_error
 
+ARCHIVES = tuple(archives.SETS)
 EXAMPLE = """
 examples:
   python tools/make_dataset.py --source sample --output data/images
@@ -51,14 +53,14 @@ ONLY = {
     "add_query": ("urls", "pexels"),
     "query": ("pexels",),
     "count": ("urls", "pexels"),
-    "address": ("div2k", "flickr2k", "pexels"),
+    "address": (*ARCHIVES, "pexels"),
     "dataset": ("kaggle",),
     "workers": ("urls", "pexels"),
     "per_host": ("urls", "pexels"),
     "max_megabytes": ("urls", "pexels"),
     "max_pixels": ("urls", "pexels"),
-    "attempts": ("urls", "pexels", "div2k", "flickr2k"),
-    "timeout": ("urls", "pexels", "div2k", "flickr2k"),
+    "attempts": ("urls", "pexels", *ARCHIVES),
+    "timeout": ("urls", "pexels", *ARCHIVES),
 }
 
 
@@ -68,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sources = ("sample", "folder", "urls", "div2k", "flickr2k", "pexels", "kaggle")
+    sources = ("sample", "folder", "urls", *ARCHIVES, "pexels", "kaggle")
     parser.add_argument("--source", required=True, choices=sources, help="see below")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="where the pictures go"
@@ -207,8 +209,6 @@ def download(arguments: argparse.Namespace) -> None:
 
 
 def unpack(arguments: argparse.Namespace) -> None:
-    from sr_dist import archives
-
     chosen = archives.SETS[arguments.source]
     copies = archives.pair(chosen, arguments.address or [])
     for archive in chosen:
