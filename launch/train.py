@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from sr_dist import watch
+from sr_dist import signals
 from sr_dist.errors import UserError, exit_on_user_error, said_once_a_node
 
 AGAIN = "The same command goes on from the last checkpoint."
@@ -56,7 +56,7 @@ def main() -> None:
     parent = os.getppid()  # now: it may be gone when all is loaded
     arguments = parse_arguments()
     with exit_on_user_error(AGAIN), contextlib.ExitStack() as loading:
-        loading.enter_context(watch.left_at_once(AGAIN))
+        loading.enter_context(signals.left_at_once(AGAIN))
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         from sr_dist import config, distributed, train

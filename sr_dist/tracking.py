@@ -276,7 +276,7 @@ class Progress:
             trained = time.perf_counter() - self.started - sum(self.pauses)
             self.first = (self.done, trained)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{_clock(self.left())} left{self.said}", refresh=False)
+            self._say_left(refresh=False)
             self.bar.update(pictures)
 
     def left(self) -> float:
@@ -341,6 +341,13 @@ class Progress:
         self.marked += seconds
         if evaluates:
             self.pauses.append(seconds)
+            if self.first is not None:  # before it there is no pace
+                self._say_left(refresh=True)
+
+    def _say_left(self, refresh: bool) -> None:
+        if self.bar is not None:
+            text = f"{_clock(self.left())} left{self.said}"
+            self.bar.set_postfix_str(text, refresh=refresh)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -29,16 +29,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Protocol
 
-from sr_dist.errors import GO_ON, Stopped, say_stopped
+from sr_dist import signals
+from sr_dist.errors import Stopped
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PERIOD = 0.25  # seconds between two looks at the store
 _SILENT = 3.0  # seconds without a sign of life that tell of a rank, once something is wrong
 # Seconds in which a second signal is an echo of the first: where one is sent to a launcher and its
@@ -47,52 +47,6 @@ _SILENT = 3.0  # seconds without a sign of life that tell of a rank, once someth
 _ECHO = 0.5
 _HALT = 1.0  # seconds more than a period that tell of a process that was suspended
 _GONE = 1  # exit status
-
-
-@contextmanager
-def left_at_once(again: str) -> Iterator[None]:
-    """While nothing has begun that could be lost, `SIGNALS` end this process with status `GO_ON`.
-
-    Also where it waits for others in a call that hears none. `again`: what running the command
-    again does.
-    """
-
-    def leave(numbers: socket.socket) -> None:
-        while received := numbers.recv(1):
-            if received[0] in SIGNALS:
-                say_stopped(again)
-                os._exit(GO_ON)
-
-    with _heard_by(leave, lambda number, frame: None):
-        yield
-
-
-@contextmanager
-def _heard_by(
-    hear: Callable[[socket.socket], None], handler: Callable[[int, FrameType | None], None]
-) -> Iterator[None]:
-    """`hear` reads a byte for each signal, in a thread; `handler` is for the main one, when it can.
-
-    Signals but `SIGNALS` are heard too.
-    """
-    theirs, ours = socket.socketpair()
-    ours.setblocking(False)  # as set_wakeup_fd wants it
-    before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
-        each: signal.signal(each, handler) for each in SIGNALS
-    }
-    wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
-    listening = threading.Thread(target=hear, args=(theirs,), daemon=True, name="signals")
-    listening.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for each, former in before.items():
-            signal.signal(each, former)
-        ours.shutdown(socket.SHUT_WR)  # which ends the thread, whoever else holds it
-        listening.join()
-        ours.close()
-        theirs.close()
 
 
 class Store(Protocol):
@@ -184,7 +138,7 @@ class Watch:
 
         over = threading.Event()
         outliving = threading.Thread(target=self._outlive, args=(launcher, over), daemon=True)
-        with _heard_by(self._hear, begin):
+        with signals.heard_by(self._hear, begin):
             if launcher is not None:
                 outliving.start()
             try:
@@ -198,7 +152,7 @@ class Watch:
         """What the system writes there: a byte for each signal."""
         while received := numbers.recv(1):
             number = received[0]
-            if number not in SIGNALS:
+            if number not in signals.STOPPING:
                 continue
             now, name = time.monotonic(), signal.Signals(number).name
             if self.signal:

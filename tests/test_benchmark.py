@@ -25,7 +25,7 @@ from benchmarks import curve, measuring, original, step  # noqa: E402
 def test_step_prints_one_json_object_last() -> None:
     done = succeed(
         *("tools/benchmark.py", "step", "--batch-size", 2, "--crop-size", 32),
-        *("--repetitions", 2),
+        *("--repetitions", 3),
     )
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["what"] == "step" and result["unit"] == "images/s"

@@ -146,10 +146,8 @@ WRITERS: dict[str, Callable[..., float | None]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "value"),
-    [*((kind, float("nan")) for kind in WRITERS), ("safetensors", float("inf"))],
-)
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_result_that_differs_is_not_written(kind: str, value: float, tmp_path: Path) -> None:
     if kind == "onnx":
         pytest.importorskip("onnxruntime")

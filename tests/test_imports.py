@@ -19,7 +19,8 @@ from tests.helpers import REPOSITORY, contents, succeed
 # A module may import those of lower levels alone.
 LEVELS = [
     {"errors", "files", "ranks", "machine", "workers"},
-    {"remote", "watch"},
+    {"remote", "signals"},
+    {"watch"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},
     {"tensors", "models", "losses", "shards", "download"},

@@ -204,7 +204,10 @@ def test_a_slurm_job_trains_and_goes_back_into_the_queue(
         while not (folder / "logs").exists():  # the end of the first epoch
             assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.2)
-        for rank in (stubs / "ranks").read_text().split():  # as --signal=USR1@120 does
+        ranks = (stubs / "ranks").read_text().split()
+        for rank in ranks:
+            assert b"\0LOCAL_WORLD_SIZE=2\0" in Path(f"/proc/{rank}/environ").read_bytes()
+        for rank in ranks:  # as --signal=USR1@120 does
             os.kill(int(rank), signal.SIGUSR1)
         assert running.wait(60) == 75
     options = (stubs / "options").read_text().splitlines()

@@ -599,12 +599,17 @@ def test_two_processes_compute_in_bf16_where_their_launcher_is_told(
     told, text = tmp_path / "bf16.yaml", TWO_PROCESSES.read_text()
     assert 'mixed_precision: "no"' in text
     told.write_text(text.replace('mixed_precision: "no"', "mixed_precision: bf16"))
-    for precision in ("no", "bf16"):
-        words = ("launch/train.py", "--config", recipe, f"run.name=in_{precision}")
-        words += ("train.epochs=1", "train.warmup_images=0", of_first_shard(recipe))
-        done = run_ranks(2, *words) if precision == "no" else launch(told, *words)
+    words = ("launch/train.py", "--config", recipe, "train.epochs=1", "train.warmup_images=0")
+    words += (of_first_shard(recipe),)
+    done = run_ranks(2, *words, "run.name=in_no")
+    assert "2 processes on cpu, precision no; " in done.stderr
+    for name, done in (
+        ("set", run_ranks(2, *words, "run.name=set", "train.mixed_precision=bf16")),
+        ("in_bf16", launch(told, *words, "run.name=in_bf16")),
+    ):
         assert done.returncode == 0, done.stderr
-        assert f"2 processes on cpu, precision {precision}; " in done.stderr
+        assert "2 processes on cpu, precision bf16; " in done.stderr, name
+    assert_same_run(tmp_path / "runs" / "set", tmp_path / "runs" / "in_bf16")
     emulates = not machine.has_bf16(torch.device("cpu"))
     assert ("emulates it, many times slower" in done.stderr) == emulates
     exact, _ = saved(tmp_path / "runs" / "in_no")

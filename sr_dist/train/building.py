@@ -197,10 +197,9 @@ def tracker(this: Run, changes: list[str]) -> tracking.Tracker:
         return tracking.Silent()
     text, start = to_yaml(this.config), this.course.start
     this.folder.mkdir(parents=True, exist_ok=True)
-    for place in ("models", "logs", "samples/*"):
-        for folder in this.folder.glob(place):
-            files.remove_partial(folder)
-    files.remove_partial(this.folder)
+    ours = (this.folder, this.folder / "models", this.folder / "logs")
+    for folder in (*ours, *this.folder.glob("samples/*")):
+        files.remove_partial(folder)
     files.write_whole(this.folder / "config.yaml", text)
     tracker = tracking.Tracker(
         this.folder,

@@ -1,0 +1,61 @@
+"""Signals that stop a run, heard by a thread: the main one may be in a call that hears none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from sr_dist.errors import GO_ON, say_stopped
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def left_at_once(again: str) -> Iterator[None]:
+    """While nothing has begun that could be lost, `STOPPING` end this process with status `GO_ON`.
+
+    Also where it waits for others in a call that hears none. `again`: what running the command
+    again does.
+    """
+
+    def leave(numbers: socket.socket) -> None:
+        while received := numbers.recv(1):
+            if received[0] in STOPPING:
+                say_stopped(again)
+                os._exit(GO_ON)
+
+    with heard_by(leave, lambda number, frame: None):
+        yield
+
+
+@contextmanager
+def heard_by(
+    hear: Callable[[socket.socket], None], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """`hear` reads a byte for each signal, in a thread; `handler` is for the main one, when it can.
+
+    Signals but `STOPPING` are heard too.
+    """
+    theirs, ours = socket.socketpair()
+    ours.setblocking(False)  # as set_wakeup_fd wants it
+    before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
+        each: signal.signal(each, handler) for each in STOPPING
+    }
+    wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+    listening = threading.Thread(target=hear, args=(theirs,), daemon=True, name="signals")
+    listening.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for each, former in before.items():
+            signal.signal(each, former)
+        ours.shutdown(socket.SHUT_WR)  # which ends the thread, whoever else holds it
+        listening.join()
+        ours.close()
+        theirs.close()
