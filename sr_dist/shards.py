@@ -11,8 +11,8 @@ arithmetic:
 * inside a lane, windows of neighbouring samples are shuffled. A sample gives its several crops in
   separate rounds of its window, so its crops are apart and it is decoded once.
 
-To begin at a step, a lane opens the shards that its window there has samples of: one, or more where
-the window lies across a border, as it must where shards are small and are still to be mixed.
+To begin at a step, a lane opens the one shard that its window there lies in. Only where shards hold
+fewer samples than a window on average do windows reach across their borders, to mix them still.
 """
 
 from __future__ import annotations
@@ -275,6 +275,11 @@ class Plan:
     def steps_per_epoch(self) -> int:
         return self.samples_per_lane * self.crops_per_image
 
+    @functools.cached_property
+    def cuts_at_borders(self) -> bool:
+        """Whether a window lies in one shard. Of shards smaller than it, it takes several."""
+        return sum(self.counts) >= self.window * sum(count > 0 for count in self.counts)
+
     @property
     def left_out_per_epoch(self) -> int:
         """Samples an epoch leaves out because they would not fill a batch; others each epoch."""
@@ -378,17 +383,34 @@ def windows(plan: Plan, epoch: int, lane: int, first_step: int = 0) -> Iterator[
     """
     length, crops = plan.samples_per_lane, plan.crops_per_image
     first_size = plan.window - plan.window * lane // plan.global_batch_size
-    number = max(0, (first_step // crops - first_size) // plan.window + 1)
+    first_sample = first_step // crops
+    number = max(0, (first_sample - first_size) // plan.window + 1)
     start = 0 if number == 0 else first_size + (number - 1) * plan.window
     while start < length:
-        size = min(first_size if number == 0 else plan.window, length - start)
-        random = np.random.default_rng([plan.seed, epoch, lane, number])
-        rounds = [
-            np.stack([random.permutation(size), np.full(size, crop)], axis=1)
-            for crop in range(crops)
-        ]
-        yield Window(start, size, np.concatenate(rounds))
-        start, number = start + size, number + 1
+        whole = min(first_size if number == 0 else plan.window, length - start)
+        for size in _parts(plan, epoch, lane, start, whole):
+            if start + size > first_sample:
+                random = np.random.default_rng([plan.seed, epoch, lane, start])
+                rounds = [
+                    np.stack([random.permutation(size), np.full(size, crop)], axis=1)
+                    for crop in range(crops)
+                ]
+                yield Window(start, size, np.concatenate(rounds))
+            start += size
+        number += 1
+
+
+def _parts(plan: Plan, epoch: int, lane: int, first: int, size: int) -> Iterator[int]:
+    """How many of a lane's `size` samples from `first` on become a window each."""
+    if not plan.cuts_at_borders:
+        yield size
+        return
+    for segment in segments(plan, epoch, lane, first):
+        part = min(size, segment.stop - segment.start)
+        yield part
+        size -= part
+        if not size:
+            return
 
 
 def samples_of_step(plan: Plan, step: int) -> list[tuple[int, int, int]]:

@@ -256,11 +256,11 @@ class Progress:
 
     def __init__(self, work: Work, *, visible: bool) -> None:
         self.work, self.done = work, work.done
-        self.started = self.marked = time.perf_counter()
+        self.marked = self.stepped = time.perf_counter()
         self.waited = self.waited_at_mark = 0.0
         self.done_at_mark = work.done
         self.pauses: list[float] = []  # seconds; evaluations alone
-        self.first: tuple[int, float] | None = None  # pictures and seconds after the first step
+        self.pace = self.weight = 0.0  # seconds a cheap picture; and how much that mean holds
         live = visible and sys.stderr.isatty()
         # Without tqdm's own time left, which knows neither of warm-ups nor of evaluations.
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
@@ -270,11 +270,19 @@ class Progress:
 
     def advance(self, pictures: int, waited: float) -> None:
         """After a step: `waited` seconds passed before its batch was there."""
-        self.done += pictures
+        before = self.work.cost(self.done) - self.work.cost(self.work.done)
+        cost = self.work.cost(self.done + pictures) - self.work.cost(self.done)
+        now = time.perf_counter()
+        # Later steps weigh more: a slow beginning is soon forgotten, and hiccups never tell much.
+        # The first step, in which much is done for once, weighs nothing once there is another.
+        weight = cost * before**2
+        self.weight += weight
+        share = weight / self.weight if before else 1.0
+        self.pace += share * ((now - self.stepped) / cost - self.pace)
+        if not before and self.visible and self.bar is None:  # in a log, lines are far apart
+            log.info("first step done, %.1f s after the start of the loop", now - self.stepped)
+        self.done, self.stepped = self.done + pictures, now
         self.waited += waited
-        if self.first is None:
-            trained = time.perf_counter() - self.started - sum(self.pauses)
-            self.first = (self.done, trained)
         if self.bar is not None:
             self._say_left(refresh=False)
             self.bar.update(pictures)
@@ -282,16 +290,11 @@ class Progress:
     def left(self) -> float:
         """Seconds: training at the pace so far, and evaluations that take as long as those before.
 
-        The first step, in which much is done for once, counts where it is the only one. Before the
-        first evaluation, its length is guessed from its pixels.
+        Before the first evaluation, its length is guessed from its pixels.
         """
-        work, begun, before = self.work, self.work.done, 0.0
-        if self.first is not None and self.first[0] < self.done:
-            begun, before = self.first
-        trained = time.perf_counter() - self.started - sum(self.pauses) - before
-        pace = trained / (work.cost(self.done) - work.cost(begun))
-        training = pace * (work.cost(work.total) - work.cost(self.done))
-        evaluation = statistics.fmean(self.pauses) if self.pauses else pace * work.evaluation
+        work = self.work
+        training = self.pace * (work.cost(work.total) - work.cost(self.done))
+        evaluation = statistics.fmean(self.pauses) if self.pauses else self.pace * work.evaluation
         return training + evaluation * max(0, work.evaluations - len(self.pauses))
 
     def report(self, epoch: str, scalars: Mapping[str, float]) -> dict[str, float]:
@@ -341,7 +344,8 @@ class Progress:
         self.marked += seconds
         if evaluates:
             self.pauses.append(seconds)
-            if self.first is not None:  # before it there is no pace
+            self.stepped += seconds
+            if self.pace:  # none before the first step
                 self._say_left(refresh=True)
 
     def _say_left(self, refresh: bool) -> None:

@@ -172,6 +172,14 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert len(rows(first.folder)) == 2
     caplog.clear()
+    with caplog.at_level("INFO"), monkeypatch.context() as patch:
+        patch.setattr(validation.Validation, "run", None)
+        assert train.run(load(recipe), dry=True) is None
+        assert caplog.messages[-1].endswith("raise train.epochs to train it further")
+        assert train.run(load(recipe, "train.epochs=3"), dry=True) is None
+        assert caplog.messages[-1].endswith(f"folder is {first.folder}, and it is as it was")
+    assert len(rows(first.folder)) == 2
+    caplog.clear()
     with caplog.at_level("INFO"):
         changed = ("optimizer.generator.learning_rate=1e-4", "train.ema_half_life=0")
         train.run(load(recipe, "train.epochs=3", *changed))

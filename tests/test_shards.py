@@ -72,6 +72,26 @@ def test_windows_from_the_middle_are_those_from_the_start(
         assert np.array_equal(a.order, b.order)
 
 
+@settings(max_examples=60, deadline=None)
+@given(plans, st.integers(0, 3))
+def test_windows_end_where_shards_do_unless_shards_are_smaller(
+    plan: shards.Plan, epoch: int
+) -> None:
+    filled = [count for count in plan.counts if count]
+    assert plan.cuts_at_borders == (np.mean(filled) >= plan.window)
+    for lane in range(plan.global_batch_size):
+        borders, sizes = {0}, []
+        for segment in shards.segments(plan, epoch, lane):
+            borders.add(max(borders) + segment.stop - segment.start)
+        for window in shards.windows(plan, epoch, lane):
+            within = range(window.first + 1, window.first + window.size)
+            assert not plan.cuts_at_borders or borders.isdisjoint(within)
+            sizes.append(window.size)
+        assert max(sizes) <= plan.window
+        most = plan.samples_per_lane / plan.window + 2
+        assert len(sizes) <= most + plan.cuts_at_borders * len(borders), "no smaller than needed"
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 64), st.integers(1, 32), st.integers(1, 8))
 def test_rows_are_divided_among_ranks_and_workers(

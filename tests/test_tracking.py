@@ -173,6 +173,20 @@ def test_a_first_step_that_takes_long_is_no_measure(monkeypatch: pytest.MonkeyPa
     assert progress.left() == pytest.approx(90)
 
 
+def test_the_time_left_forgets_a_slow_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the steps at a third of the pace, then one hiccup of twenty steps' length."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    progress = tracking.Progress(tracking.Work(10_000), visible=False)
+    for step in range(1, 1001):
+        clock[0] += 3 if step <= 100 else 20 if step == 600 else 1
+        progress.advance(10, waited=0.0)
+        if step >= 250:
+            assert progress.left() == pytest.approx(
+                1000 - step, rel=0.15, abs=20 if step < 600 else None
+            )
+
+
 def test_the_time_left_is_right_from_the_first_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a warm-up goes before slower training, and with evaluations."""
     clock = [0.0]

@@ -343,7 +343,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(recipe: Path, tmp_pa
     assert "1 process on cpu, precision no; 2,201 parameters" in done.stderr
     assert re.search(r"checkpoints of about [1-9]\d* MB, \d+ GB free", done.stderr)
     assert "18 steps of 8 crops an epoch; validation on 1 picture(s)" in done.stderr
-    assert f"the run would lie in {tmp_path}/runs/small, and has not been" in done.stderr
+    assert f"folder is {tmp_path}/runs/small, and it has not been begun" in done.stderr
     assert done.stdout == ""
 
 

@@ -86,12 +86,16 @@ def _run(
     """`run`; nothing that it builds may outlive it (see `distributed.joined`)."""
     this = building.build(config, processes, saver)
     if not this.course.steps:
+        if processes.is_main:
+            summary.say_that_it_is_done(this.folder, this.course.epochs_done)
+        if dry:
+            return None
         means = _measure_again(this)
     else:
         changes = _say_what_will_be_done(this)
         with building.batches(this) as batches:
             if dry:
-                summary.say_that_it_was_dry(this.folder)
+                summary.say_that_it_was_dry(this.folder, begun=this.inputs.start is not None)
                 return None
             means = _train(this, batches, building.tracker(this, changes), quiet)
     protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
@@ -103,14 +107,13 @@ def _run(
 def _measure_again(this: Run) -> list[evaluate.Mean]:
     """Of a run that has its epochs; leaves its folder as it is."""
     start, means = this.course.start, []
-    done = start.place // this.course.steps_per_epoch
-    if this.processes.is_main:
-        summary.say_that_it_is_done(this.folder, done)
     networks = this.state.networks
     with this.processes.averaged_buffers(networks.weights.values()):
         if this.measures:
             tracker = tracking.Silent()
-            means = this.validation.run(networks.evaluated(), tracker, done, start.step)
+            means = this.validation.run(
+                networks.evaluated(), tracker, this.course.epochs_done, start.step
+            )
         this.processes.wait_for_main("evaluated")
     return means
 

@@ -83,8 +83,9 @@ def say_that_it_is_done(folder: Path, epochs: int) -> None:
     log.info("%s has its %d epoch(s); raise train.epochs to train it further", folder, epochs)
 
 
-def say_that_it_was_dry(folder: Path) -> None:
-    log.info("all is as it should be; the run would lie in %s, and has not been begun", folder)
+def say_that_it_was_dry(folder: Path, begun: bool) -> None:
+    rest = "is as it was" if begun else "has not been begun"
+    log.info("all is as it should be; the run's folder is %s, and it %s", folder, rest)
 
 
 def _without_effect(config: Config, total_images: int) -> list[str]:
