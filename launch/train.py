@@ -10,7 +10,7 @@ import sys
 from sr_dist import signals
 from sr_dist.errors import UserError, exit_on_user_error, said_once_a_node
 
-AGAIN = "No step had been taken; run the same command again."
+AGAIN = "The same command goes on from the last checkpoint, if there is one."
 EXAMPLE = """
 examples:
   python launch/train.py --config configs/quickstart.yaml

@@ -12,7 +12,8 @@ arithmetic:
   separate rounds of its window, so its crops are apart and it is decoded once.
 
 To begin at a step, a lane opens the one shard that its window there lies in. Only where shards hold
-fewer samples than a window on average do windows reach across their borders, to mix them still.
+fewer samples than four windows on average do windows reach across their borders: ended there, many
+would be too small to mix what they hold.
 """
 
 from __future__ import annotations
@@ -277,8 +278,8 @@ class Plan:
 
     @functools.cached_property
     def cuts_at_borders(self) -> bool:
-        """Whether a window lies in one shard. Of shards smaller than it, it takes several."""
-        return sum(self.counts) >= self.window * sum(count > 0 for count in self.counts)
+        """Whether a window lies in one shard, since shards hold windows enough."""
+        return sum(self.counts) >= 4 * self.window * sum(count > 0 for count in self.counts)
 
     @property
     def left_out_per_epoch(self) -> int:

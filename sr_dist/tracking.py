@@ -259,7 +259,8 @@ class Progress:
         self.marked = self.stepped = time.perf_counter()
         self.waited = self.waited_at_mark = 0.0
         self.done_at_mark = work.done
-        self.pauses: list[float] = []  # seconds; evaluations alone
+        self.pauses: list[float] = []  # seconds that evaluations took
+        self.saving = 0.0  # seconds that checkpoints alone took
         self.pace = self.weight = 0.0  # seconds a cheap picture; and how much that mean holds
         live = visible and sys.stderr.isatty()
         # Without tqdm's own time left, which knows neither of warm-ups nor of evaluations.
@@ -273,14 +274,14 @@ class Progress:
         before = self.work.cost(self.done) - self.work.cost(self.work.done)
         cost = self.work.cost(self.done + pictures) - self.work.cost(self.done)
         now = time.perf_counter()
-        # Later steps weigh more: a slow beginning is soon forgotten, and hiccups never tell much.
-        # The first step, in which much is done for once, weighs nothing once there is another.
-        weight = cost * before**2
+        # Later steps weigh more, so that a slow beginning is forgotten. The first one, in which
+        # much is done for once, weighs nothing once there is another.
+        weight = cost * before
         self.weight += weight
         share = weight / self.weight if before else 1.0
         self.pace += share * ((now - self.stepped) / cost - self.pace)
         if not before and self.visible and self.bar is None:  # in a log, lines are far apart
-            log.info("first step done, %.1f s after the start of the loop", now - self.stepped)
+            log.info("the first step took %.1f s", now - self.stepped)
         self.done, self.stepped = self.done + pictures, now
         self.waited += waited
         if self.bar is not None:
@@ -288,12 +289,13 @@ class Progress:
             self.bar.update(pictures)
 
     def left(self) -> float:
-        """Seconds: training at the pace so far, and evaluations that take as long as those before.
+        """Seconds: training and saving as so far, and evaluations that take as long as before.
 
         Before the first evaluation, its length is guessed from its pixels.
         """
         work = self.work
-        training = self.pace * (work.cost(work.total) - work.cost(self.done))
+        saving = self.saving / (work.cost(self.done) - work.cost(work.done))
+        training = (self.pace + saving) * (work.cost(work.total) - work.cost(self.done))
         evaluation = statistics.fmean(self.pauses) if self.pauses else self.pace * work.evaluation
         return training + evaluation * max(0, work.evaluations - len(self.pauses))
 
@@ -342,9 +344,11 @@ class Progress:
         yield
         seconds = time.perf_counter() - started
         self.marked += seconds
-        if evaluates:
+        self.stepped += seconds
+        if not evaluates:
+            self.saving += seconds
+        else:
             self.pauses.append(seconds)
-            self.stepped += seconds
             if self.pace:  # none before the first step
                 self._say_left(refresh=True)
 

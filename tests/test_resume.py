@@ -165,6 +165,7 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
             lambda *given: averages.append(1) or real(*given),
         )
         again = train.run(load(recipe))
+    assert caplog.messages[-1].startswith("epoch 2  SR  ")
     assert averages, "ranks whose BatchNorm differs measure the network that was saved"
     assert "has its 2 epoch(s); raise train.epochs" in caplog.text
     assert again.means == first.means
@@ -175,9 +176,14 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
     with caplog.at_level("INFO"), monkeypatch.context() as patch:
         patch.setattr(validation.Validation, "run", None)
         assert train.run(load(recipe), dry=True) is None
-        assert caplog.messages[-1].endswith("raise train.epochs to train it further")
+        assert f"{first.folder} has its 2 epoch(s); raise train.epochs" in caplog.messages[-1]
         assert train.run(load(recipe, "train.epochs=3"), dry=True) is None
         assert caplog.messages[-1].endswith(f"folder is {first.folder}, and it is as it was")
+        branch = ("run.name=branch", f"run.resume={first.folder}")
+        assert train.run(load(recipe, *branch), dry=True) is None
+        assert f"{first.folder} has its 2 epoch(s); raise train.epochs" in caplog.messages[-1]
+        assert train.run(load(recipe, "train.epochs=3", *branch), dry=True) is None
+        assert caplog.messages[-1].endswith("/branch, and it has not been begun")
     assert len(rows(first.folder)) == 2
     caplog.clear()
     with caplog.at_level("INFO"):

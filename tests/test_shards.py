@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_windows_end_where_shards_do_unless_shards_are_smaller(
     plan: shards.Plan, epoch: int
 ) -> None:
     filled = [count for count in plan.counts if count]
-    assert plan.cuts_at_borders == (np.mean(filled) >= plan.window)
+    assert plan.cuts_at_borders == (np.mean(filled) >= 4 * plan.window)
     for lane in range(plan.global_batch_size):
         borders, sizes = {0}, []
         for segment in shards.segments(plan, epoch, lane):
@@ -118,6 +119,32 @@ def test_epochs_and_seeds_differ() -> None:
         for other in orders[a + 1 :]:
             assert one != other
     assert order(0, 1) == order(0, 1)
+
+
+def test_empty_shards_are_no_small_ones() -> None:
+    assert shards.Plan((0,) * 50 + (31, 33), 0, 4, 1, 8).cuts_at_borders
+    assert not shards.Plan((31, 32), 0, 4, 1, 8).cuts_at_borders
+
+
+def test_every_window_has_an_order_of_its_own() -> None:
+    plan = shards.Plan((6400,), 0, 32, 1, 16)  # of whose lanes the first two begin alike
+    orders = [
+        window.order[:, 0].tolist()
+        for epoch in range(2)
+        for lane in range(2)
+        for window in shards.windows(plan, epoch, lane)
+        if window.size == 16
+    ]
+    assert len(orders) > 40
+    assert len({tuple(order) for order in orders}) == len(orders)
+    cut = shards.Plan((64,) * 8, 0, 1, 1, 16)  # at borders, some windows in the middle
+    pairs = [
+        (one.order, other.order)
+        for epoch in range(40)
+        for one, other in itertools.pairwise(shards.windows(cut, epoch, 0))
+        if one.size == other.size == 8
+    ]
+    assert len(pairs) > 5 and not any(np.array_equal(one, other) for one, other in pairs)
 
 
 def test_one_shard_gives_other_batches_each_epoch() -> None:

@@ -198,7 +198,10 @@ def test_a_process_that_waits_for_others_can_be_stopped(recipe: Path) -> None:
             waiting.signal(number)
             done = waiting.end(timeout=20)
         assert done.returncode == 75
-        assert done.stderr == "\nstopped. No step had been taken; run the same command again.\n"
+        assert (
+            done.stderr
+            == "\nstopped. The same command goes on from the last checkpoint, if there is one.\n"
+        )
 
 
 def meet(port: int) -> socket.socket:

@@ -174,17 +174,49 @@ def test_a_first_step_that_takes_long_is_no_measure(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_time_left_forgets_a_slow_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the steps at a third of the pace, then one hiccup of twenty steps' length."""
+    """A tenth of the steps at a third of the pace."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     progress = tracking.Progress(tracking.Work(10_000), visible=False)
     for step in range(1, 1001):
-        clock[0] += 3 if step <= 100 else 20 if step == 600 else 1
+        clock[0] += 3 if step <= 100 else 1
         progress.advance(10, waited=0.0)
-        if step >= 250:
-            assert progress.left() == pytest.approx(
-                1000 - step, rel=0.15, abs=20 if step < 600 else None
-            )
+        if step >= 330:
+            assert progress.left() == pytest.approx(1000 - step, rel=0.2)
+
+
+def test_the_time_left_knows_of_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every hundred steps; how long they take says nothing of the steps in between."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    progress = tracking.Progress(tracking.Work(10_000), visible=False)
+    for step in range(1, 1001):
+        clock[0] += 1
+        progress.advance(10, waited=0.0)
+        if step % 100 == 0:
+            with progress.paused(evaluates=False):
+                clock[0] += 30
+            assert progress.left() == pytest.approx(1300 - 1.3 * step)
+        elif step > 100:
+            assert progress.left() == pytest.approx(1300 - clock[0], rel=0.2, abs=34)
+
+
+def test_the_pace_is_a_mean_in_which_later_pictures_weigh_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    progress = tracking.Progress(tracking.Work(1000, done=200), visible=True)
+    with progress.paused(evaluates=True):  # that a stopped run is made up for
+        clock[0] += 600
+    with caplog.at_level("INFO"):
+        for pictures, seconds in ((10, 100), (10, 1), (30, 6)):
+            clock[0] += seconds
+            progress.advance(pictures, waited=0.0)
+    assert caplog.messages == ["the first step took 100.0 s"]
+    # 0.1 and 0.2 seconds a picture, 10 pictures with 10 before them and 30 with 20 before them.
+    pace = (10 * 10 * 0.1 + 30 * 20 * 0.2) / (10 * 10 + 30 * 20)
+    assert progress.left() == pytest.approx(pace * 750)
 
 
 def test_the_time_left_is_right_from_the_first_tenth_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def _run(
     this = building.build(config, processes, saver)
     if not this.course.steps:
         if processes.is_main:
-            summary.say_that_it_is_done(this.folder, this.course.epochs_done)
+            summary.say_that_it_is_done(_run_of_start(this), this.course.epochs_done)
         if dry:
             return None
         means = _measure_again(this)
@@ -95,13 +95,22 @@ def _run(
         changes = _say_what_will_be_done(this)
         with building.batches(this) as batches:
             if dry:
-                summary.say_that_it_was_dry(this.folder, begun=this.inputs.start is not None)
+                summary.say_that_it_was_dry(this.folder, begun=_run_of_start(this) == this.folder)
                 return None
             means = _train(this, batches, building.tracker(this, changes), quiet)
     protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
     return Result(
         this.folder, means if processes.is_main else [], this.state.skipped.count, protocol
     )
+
+
+def _run_of_start(this: Run) -> Path | None:
+    """The folder of the run that this one goes on from: its own, or that of `run.resume`."""
+    start = this.inputs.start
+    if start is None:
+        return None
+    found = start.folder.resolve().parents[1]
+    return this.folder if found == this.folder.resolve() else found
 
 
 def _measure_again(this: Run) -> list[evaluate.Mean]:

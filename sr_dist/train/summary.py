@@ -79,8 +79,12 @@ def say(
     return changes
 
 
-def say_that_it_is_done(folder: Path, epochs: int) -> None:
-    log.info("%s has its %d epoch(s); raise train.epochs to train it further", folder, epochs)
+def say_that_it_is_done(folder: Path | None, epochs: int) -> None:
+    log.info(
+        "%s has its %d epoch(s); raise train.epochs to train it further. This measures it again",
+        folder,
+        epochs,
+    )
 
 
 def say_that_it_was_dry(folder: Path, begun: bool) -> None:
