@@ -56,7 +56,7 @@ def main() -> None:
         "devices:",
         *(f"  {device}" for device in devices()),
         f"train.mixed_precision: {', '.join(precisions())}",
-        "extras:",
+        "extras, for what not everybody needs (pip install 'sr_dist[NAME]'):",
         *(f"  {name:8} {', '.join(missing) or 'installed'}" for name, missing in extras()),
         f"models: {', '.join(generators.shipped()) or 'none'}",
     ]

@@ -1,13 +1,23 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that one process writes in."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import logging
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from sr_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -40,6 +50,57 @@ def remove_partial(folder: Path) -> None:
     """Remove what `whole` left in `folder` when it was killed, for who alone writes there."""
     for partial in folder.glob(f".*.{'[0-9a-f]' * 8}.part"):
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Let no other process, on any machine that shares it, claim `folder`; it is made if need be.
+
+    The claim ends with the process, whatever ends that. Those that it starts have no part in it.
+
+    Raises:
+        UserError: another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("a+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(_in_use(folder)) from None
+            log.warning(
+                "%s: locks do not work there (%s); see to it that no two commands write in it",
+                folder,
+                error.strerror,
+            )
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
+        yield
+
+
+def check_unclaimed(folder: Path) -> None:
+    """Look whether another process has claimed `folder`, and leave it as it is.
+
+    Raises:
+        UserError: one has.
+    """
+    try:
+        file = (folder / _LOCK).open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:  # of others `claimed` tells
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(_in_use(folder)) from None
+
+
+def _in_use(folder: Path) -> str:
+    who = (folder / _LOCK).read_text(errors="replace") or "another process"
+    return f"{who} is writing in {folder}; wait for its end, stop it, or choose another name"
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

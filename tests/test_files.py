@@ -1,11 +1,30 @@
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sr_dist import files
+from sr_dist.errors import UserError
+from tests.helpers import REPOSITORY, popen
 from tests.runs import full_disk
+
+CLAIMS = """
+import os, sys, time
+from pathlib import Path
+from sr_dist import files
+with files.claimed(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(600)
+"""
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
@@ -21,3 +40,41 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="source"), files.whole(longest):
         raise OSError(5, "Input/output error", "source")
     assert longest.read_bytes() == b"1"
+
+
+def test_a_folder_is_claimed_by_one_process_for_as_long_as_that_lives(tmp_path: Path) -> None:
+    """And no longer, though what it has started does."""
+    folder = tmp_path / "run"
+    files.check_unclaimed(folder)
+    assert not folder.exists()
+    command = [sys.executable, "-c", CLAIMS, str(folder)]
+    with popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as running:
+        assert running.stdout is not None
+        child = int(running.stdout.readline())
+        try:
+            with pytest.raises(
+                UserError, match=rf"process {running.pid} on .* is writing in .*run;"
+            ):
+                files.check_unclaimed(folder)
+            with pytest.raises(UserError, match="is writing in"), files.claimed(folder):
+                pass
+            running.kill()
+            running.wait()
+            os.kill(child, 0)  # lives
+            with files.claimed(folder):
+                assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_where_locks_do_not_work_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with files.claimed(tmp_path):
+        pass
+    assert "locks do not work there (No locks available)" in caplog.text
+    files.check_unclaimed(tmp_path)

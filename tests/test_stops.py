@@ -22,6 +22,7 @@ from tests.helpers import (
     end_ranks,
     free_port,
     popen,
+    refuse,
     start,
     start_ranks,
     succeed,
@@ -36,9 +37,11 @@ from tests.runs import (
 )
 
 
-def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
+def test_one_command_trains_a_run_and_ctrl_c_ends_it_in_one_line(
+    recipe: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(recipe)]
-    overrides = ["train.epochs=50", "tracking.log_every_steps=1"]
+    overrides = ["train.epochs=500", "tracking.log_every_steps=1"]
     with popen(
         [*command, *overrides],
         stderr=subprocess.PIPE,
@@ -49,14 +52,21 @@ def test_ctrl_c_ends_in_one_line(recipe: Path, tmp_path: Path) -> None:
         for line in running.stderr:  # until its second epoch: one checkpoint is there
             if line.startswith("epoch 2/"):
                 break
+        for words in ((), ("--dry-run",)):
+            said = refuse("launch/train.py", "--config", recipe, *overrides, *words)
+            process = f"error: process {running.pid} on {socket.gethostname()}"
+            assert f"{process} is writing in {tmp_path}/runs/small; " in said
         os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it, workers included
         _, said = running.communicate(timeout=60)
     assert running.returncode == 75
     assert "Traceback" not in said
     assert re.search(
-        r"stopped by SIGINT at step \d+ of 900; the same command goes on from there", said
+        r"stopped by SIGINT at step \d+ of 9000; the same command goes on from there", said
     )
-    assert "going on from" in succeed("launch/train.py", "--config", recipe).stderr
+    step = saved(tmp_path / "runs/small")[1]["step"]
+    assert isinstance(step, int)
+    again = succeed("launch/train.py", "--config", recipe, f"train.epochs={step // 18 + 1}")
+    assert "going on from" in again.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")

@@ -191,12 +191,15 @@ def batches(this: Run) -> Iterator[Iterator[stream.Batch]]:
         yield itertools.chain(list(itertools.islice(on_device, 1)), on_device)
 
 
+def claimed(this: Run) -> contextlib.AbstractContextManager[None]:
+    """From here on the run has a folder, in which no other command trains."""
+    return files.claimed(this.folder) if this.processes.is_main else contextlib.nullcontext()
+
+
 def tracker(this: Run, changes: list[str]) -> tracking.Tracker:
-    """From here on the run has a folder."""
     if not this.processes.is_main:
         return tracking.Silent()
     text, start = to_yaml(this.config), this.course.start
-    this.folder.mkdir(parents=True, exist_ok=True)
     ours = (this.folder, this.folder / "models", this.folder / "logs")
     for folder in (*ours, *this.folder.glob("samples/*")):
         files.remove_partial(folder)

@@ -12,6 +12,7 @@ import torch
 from sr_dist import (
     distributed,
     evaluate,
+    files,
     generators,
     lpips,
     resuming,
@@ -74,6 +75,7 @@ def check(config: Config, processes: Processes, checkpoints: Path) -> Inputs:
         _check_shards(config, index, reading, min(lanes_here, len(index.shards)))
         validation = _check_validation(config, reading)
         measured_on = f"{config.evaluation.protocol} {validation.fingerprint}"
+        files.check_unclaimed(checkpoints.parent)
     identity = _identity(config, index, plan)
     start = resuming.find_start(checkpoints, config.run.resume, identity)
     first_weights = None

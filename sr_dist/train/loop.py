@@ -95,9 +95,12 @@ def _run(
         changes = _say_what_will_be_done(this)
         with building.batches(this) as batches:
             if dry:
-                summary.say_that_it_was_dry(this.folder, begun=_run_of_start(this) == this.folder)
+                own = _run_of_start(this) == this.folder
+                begun = own or (this.folder / "config.yaml").exists()
+                summary.say_that_it_was_dry(this.folder, begun)
                 return None
-            means = _train(this, batches, building.tracker(this, changes), quiet)
+            with building.claimed(this):
+                means = _train(this, batches, building.tracker(this, changes), quiet)
     protocol = metrics.protocol(config.evaluation.protocol, config.data.scale)
     return Result(
         this.folder, means if processes.is_main else [], this.state.skipped.count, protocol
