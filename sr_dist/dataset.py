@@ -148,6 +148,7 @@ def collect(
         if digest in seen:
             present += digest in earlier
             duplicates += digest not in earlier
+            earlier.discard(digest)  # another of the same bytes is a duplicate
             continue
         target = output / relative
         if target.exists():
