@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from sr_dist import workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -63,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    workers.share_processors()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with exit_on_user_error():
         for name in ("max_pixels", "max_megabytes"):

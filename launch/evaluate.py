@@ -8,6 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
+from sr_dist import workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -86,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    workers.share_processors()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with exit_on_user_error():
         import torch

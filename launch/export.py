@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from sr_dist import workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -78,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    workers.share_processors()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("onnxscript").setLevel(logging.WARNING)
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from sr_dist import signals
+from sr_dist import signals, workers
 from sr_dist.errors import UserError, exit_on_user_error, said_once_a_node
 
 AGAIN = "The same command goes on from the last checkpoint, if there is one."
@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     parent = os.getppid()  # now: it may be gone when all is loaded
     arguments = parse_arguments()
+    workers.share_processors()
     with exit_on_user_error(AGAIN), contextlib.ExitStack() as loading:
         loading.enter_context(signals.left_at_once(AGAIN))
         from tqdm.contrib.logging import logging_redirect_tqdm

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -40,3 +41,20 @@ def test_the_commit_is_that_of_the_checkout() -> None:
     head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     found = machine.commit()
     assert found is not None and re.sub("-dirty$", "", found).endswith(head[:7])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is Linux's")
+def test_commands_leave_the_processors_to_others_while_they_wait() -> None:
+    """As libgomp itself says, which has read it before any computing."""
+    for words in (
+        ("launch/train.py", "--config", "configs/quickstart.yaml", "run.processes=2", "--dry-run"),
+        ("launch/upscale.py", "--input", "nowhere.png", "--output", "nowhere"),
+    ):
+        for spins in ("0", "300000"):
+            environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
+            environment |= {"GOMP_SPINCOUNT": spins} if spins != "0" else {}
+            done = subprocess.run(
+                [sys.executable, *words],
+                env=environment, capture_output=True, text=True, timeout=60, cwd=REPOSITORY,
+            )  # fmt: skip
+            assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 
+from sr_dist import workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -108,6 +109,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    workers.share_processors()  # as the commands do
     with exit_on_user_error():
         check(arguments)
         part = importlib.import_module(f"benchmarks.{arguments.what}")
