@@ -81,7 +81,8 @@ def say(
 
 def say_that_it_is_done(folder: Path | None, epochs: int) -> None:
     log.info(
-        "%s has its %d epoch(s); raise train.epochs to train it further. This measures it again",
+        "%s has its %d epoch(s); raise train.epochs to train it further: as it is, it is only "
+        "measured again",
         folder,
         epochs,
     )
