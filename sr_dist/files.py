@@ -101,8 +101,8 @@ def check_unclaimed(folder: Path) -> None:
 def _in_use(folder: Path) -> str:
     who = (folder / _LOCK).read_text(errors="replace") or "another process"
     return (
-        f"{who} is writing in {folder}; wait for its end, stop it, or choose another name. (If that "
-        f"machine is gone for good, and the lock with it, delete {folder / _LOCK}.)"
+        f"{who} is writing in {folder}; wait for its end, stop it, or choose another name. (If "
+        f"that machine is gone for good, delete {folder / _LOCK}.)"
     )
 
 
