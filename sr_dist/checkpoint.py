@@ -367,6 +367,11 @@ def find_in(path: Path, names: Container[str] | None = _GENERATORS) -> Checkpoin
     return found
 
 
+def listed(folder: Path) -> list[str]:
+    """The names of checkpoints, whole or not, newest first."""
+    return [path.name for path in _folders(folder)]
+
+
 def _folders(folder: Path) -> list[Path]:
     """Checkpoints, newest first by number.
 

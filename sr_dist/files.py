@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from sr_dist.errors import UserError
 log = logging.getLogger(__name__)
 
 _LOCK = ".lock"
+_LOOK = 1.0  # seconds, more than a look takes
+_LEASE = 120.0  # seconds: NFS keeps the lock of a machine that is gone for 90
 
 
 @contextlib.contextmanager
@@ -56,7 +59,8 @@ def remove_partial(folder: Path) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Let no other process, on any machine that shares it, claim `folder`; it is made if need be.
 
-    The claim ends with the process, whatever ends that. Those that it starts have no part in it.
+    The claim ends with the process, whatever ends that. Those that it starts have no part in it;
+    what itself opens the lock again, and closes it, gives it up.
 
     Raises:
         UserError: another one has it.
@@ -64,19 +68,21 @@ def claimed(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("a+b") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, fcntl.LOCK_EX, folder)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(_in_use(folder)) from None
             log.warning(
                 "%s: locks do not work there (%s); see to it that no two commands write in it",
                 folder,
                 error.strerror,
             )
         else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            file.flush()
+            try:
+                file.truncate(0)
+                file.write(f"process {os.getpid()}{_here()}".encode())
+                file.flush()
+            except OSError as error:
+                error.filename = str(folder / _LOCK)
+                raise
         yield
 
 
@@ -90,20 +96,41 @@ def check_unclaimed(folder: Path) -> None:
         file = (folder / _LOCK).open("rb")
     except FileNotFoundError:
         return
-    with file:
+    with file, contextlib.suppress(OSError):  # where locks do not work, of which `claimed` tells
+        _lock(file, fcntl.LOCK_SH, folder)
+
+
+def _here() -> str:
+    return f" on {socket.gethostname()}"
+
+
+def _lock(file: BinaryIO, kind: int, folder: Path) -> None:
+    """Wait for others that only look, and for a server to notice that another machine is gone.
+
+    Raises:
+        UserError: another process has `folder`.
+        OSError: there are no locks.
+    """
+    began, told = time.monotonic(), False
+    while True:
         try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:  # of others `claimed` tells
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(_in_use(folder)) from None
-
-
-def _in_use(folder: Path) -> str:
-    who = (folder / _LOCK).read_text(errors="replace") or "another process"
-    return (
-        f"{who} is writing in {folder}; wait for its end, stop it, or choose another name. (If "
-        f"that machine is gone for good, delete {folder / _LOCK}.)"
-    )
+            fcntl.lockf(file, kind | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        file.seek(0)
+        who = file.read().decode(errors="replace") or f"another process{_here()}"
+        waits = _LEASE if not who.endswith(_here()) else _LOOK
+        if time.monotonic() - began > waits:
+            raise UserError(
+                f"{who} is writing in {folder}; wait for its end, stop it, or choose another name. "
+                f"(If that machine is gone for good, delete {folder / _LOCK}.)"
+            )
+        if waits == _LEASE and not told:
+            log.info("%s has %s: waiting up to %d s, lest it is gone", who, folder, _LEASE)
+            told = True
+        time.sleep(0.05)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

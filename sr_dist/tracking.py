@@ -294,8 +294,10 @@ class Progress:
         Before the first evaluation, its length is guessed from its pixels.
         """
         work = self.work
-        saving = self.saving / (work.cost(self.done) - work.cost(work.done))
-        training = (self.pace + saving) * (work.cost(work.total) - work.cost(self.done))
+        begun, total = work.cost(work.done), work.cost(work.total)
+        # One that came soon after the start does not say that as many will come all the time.
+        saving = self.saving / max(work.cost(self.done) - begun, (total - begun) / 10)
+        training = (self.pace + saving) * (total - work.cost(self.done))
         evaluation = statistics.fmean(self.pauses) if self.pauses else self.pace * work.evaluation
         return training + evaluation * max(0, work.evaluations - len(self.pauses))
 

@@ -67,6 +67,37 @@ def test_a_folder_is_claimed_by_one_process_for_as_long_as_that_lives(tmp_path: 
             os.kill(child, signal.SIGKILL)
 
 
+def test_who_only_looks_is_waited_for_and_a_machine_that_may_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with files.claimed(tmp_path):
+        pass
+    code = """
+import fcntl, sys, time
+with open(sys.argv[1], "r+b") as file:
+    fcntl.lockf(file, int(sys.argv[2]))
+    print("locked", flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+    monkeypatch.setattr(files, "_LOOK", 30)
+    words = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    looks = [*words, str(fcntl.LOCK_SH), "0.5"]
+    with popen(looks, stdout=subprocess.PIPE, text=True) as looking:
+        assert looking.stdout is not None and looking.stdout.readline() == "locked\n"
+        with files.claimed(tmp_path):
+            assert looking.wait(10) == 0
+    (tmp_path / ".lock").write_text("process 5 on elsewhere")
+    monkeypatch.setattr(files, "_LOOK", 0)
+    monkeypatch.setattr(files, "_LEASE", 30)
+    holds = [*words, str(fcntl.LOCK_EX), "1"]
+    with popen(holds, stdout=subprocess.PIPE, text=True) as holding:
+        assert holding.stdout is not None and holding.stdout.readline() == "locked\n"
+        with caplog.at_level("INFO"):
+            files.check_unclaimed(tmp_path)
+        assert holding.wait(10) == 0
+    assert f"process 5 on elsewhere has {tmp_path}: waiting up to 30 s" in caplog.text
+
+
 def test_where_locks_do_not_work_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

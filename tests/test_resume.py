@@ -20,6 +20,7 @@ import torch
 from sr_dist import (
     checkpoint,
     distributed,
+    files,
     gan,
     generators,
     images,
@@ -202,6 +203,24 @@ def test_a_complete_run_says_so_and_can_be_prolonged(
         train.run(load(recipe, "train.epochs=1"))
     assert "has its 3 epoch(s)" in caplog.text
     assert (first.folder / "config.yaml").read_text() == settings, "left as it is"
+
+
+def test_what_another_command_trained_meanwhile_is_not_trained_over(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the choice of the checkpoint and the claim of the folder."""
+    real = files.claimed
+
+    def claimed(folder: Path) -> contextlib.AbstractContextManager[None]:
+        (folder / "checkpoints" / "step-00000099").mkdir(parents=True)
+        return real(folder)
+
+    monkeypatch.setattr(files, "claimed", claimed)
+    with pytest.raises(UserError, match="another command has trained .*small meanwhile"):
+        train.run(load(recipe))
+    assert [
+        path.name for path in Path(load(recipe).run.output_dir).rglob("*") if path.is_file()
+    ] == [".lock"]
 
 
 def test_changes_that_a_run_cannot_follow(recipe: Path) -> None:

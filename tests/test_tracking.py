@@ -201,6 +201,17 @@ def test_the_time_left_knows_of_checkpoints(monkeypatch: pytest.MonkeyPatch) -> 
             assert progress.left() == pytest.approx(1300 - clock[0], rel=0.2, abs=34)
 
 
+def test_one_early_checkpoint_is_not_taken_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    progress = tracking.Progress(tracking.Work(100_000), visible=False)
+    clock[0] += 1
+    progress.advance(10, waited=0.0)
+    with progress.paused(evaluates=False):
+        clock[0] += 30
+    assert progress.left() == pytest.approx(9999 + 9999 * 30 / 1000)
+
+
 def test_the_pace_is_a_mean_in_which_later_pictures_weigh_more(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -191,9 +191,16 @@ def batches(this: Run) -> Iterator[Iterator[stream.Batch]]:
         yield itertools.chain(list(itertools.islice(on_device, 1)), on_device)
 
 
-def claimed(this: Run) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def claimed(this: Run) -> Iterator[None]:
     """From here on the run has a folder, in which no other command trains."""
-    return files.claimed(this.folder) if this.processes.is_main else contextlib.nullcontext()
+    if not this.processes.is_main:
+        yield
+        return
+    with files.claimed(this.folder):
+        if checkpoint.listed(this.saver.folder) != this.inputs.listed:
+            raise UserError(f"another command has trained {this.folder} meanwhile; run this again")
+        yield
 
 
 def tracker(this: Run, changes: list[str]) -> tracking.Tracker:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sr_dist import (
+    checkpoint,
     distributed,
     evaluate,
     files,
@@ -39,6 +40,7 @@ class Inputs:
     measured_on: str  # rank 0: the fingerprint of the validation pictures, and the protocol
     identity: dict[str, Any]
     start: Checkpoint | None  # what the run goes on from
+    listed: list[str]  # the checkpoints that were there when it was chosen
     first_weights: dict[str, torch.Tensor] | None  # what a new one starts from
 
 
@@ -77,11 +79,14 @@ def check(config: Config, processes: Processes, checkpoints: Path) -> Inputs:
         measured_on = f"{config.evaluation.protocol} {validation.fingerprint}"
         files.check_unclaimed(checkpoints.parent)
     identity = _identity(config, index, plan)
+    listed = checkpoint.listed(checkpoints)
     start = resuming.find_start(checkpoints, config.run.resume, identity)
     first_weights = None
     if start is None and config.train.start_from is not None:
         first_weights = generators.load_state(Path(config.train.start_from), identity["generator"])
-    return Inputs(reading, index, plan, validation, measured_on, identity, start, first_weights)
+    return Inputs(
+        reading, index, plan, validation, measured_on, identity, start, listed, first_weights
+    )
 
 
 def _check_processes(config: Config, processes: Processes) -> None:

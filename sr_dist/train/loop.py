@@ -112,7 +112,7 @@ def _run_of_start(this: Run) -> Path | None:
     start = this.inputs.start
     if start is None:
         return None
-    found = start.folder.resolve().parents[1]
+    found = start.folder.resolve().parent.parent
     return this.folder if found == this.folder.resolve() else found
 
 
