@@ -94,7 +94,7 @@ def check_unclaimed(folder: Path) -> None:
     """
     try:
         file = (folder / _LOCK).open("rb")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     with file, contextlib.suppress(OSError):  # where locks do not work, of which `claimed` tells
         _lock(file, fcntl.LOCK_SH, folder)
