@@ -48,6 +48,12 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.meta["step"])
 
+    @property
+    def run(self) -> Path:
+        """The folder of the run that it is of."""
+        folder = self.folder.resolve() if self.folder.is_symlink() else self.folder  # `best`
+        return folder.parent.parent
+
     def weights(self, name: str) -> dict[str, Tensor]:
         """The state dict of `generator`, `discriminator` or `ema`."""
         return safetensors.torch.load_file(self.folder / f"{name}.safetensors")

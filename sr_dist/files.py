@@ -59,8 +59,8 @@ def remove_partial(folder: Path) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Let no other process, on any machine that shares it, claim `folder`; it is made if need be.
 
-    The claim ends with the process, whatever ends that. Those that it starts have no part in it;
-    what itself opens the lock again, and closes it, gives it up.
+    The claim ends with the process, whatever ends that, and those that it starts have no part in
+    it. It would also end if this process opened the lock's file again and closed it (POSIX).
 
     Raises:
         UserError: another one has it.
@@ -128,7 +128,7 @@ def _lock(file: BinaryIO, kind: int, folder: Path) -> None:
                 f"(If that machine is gone for good, delete {folder / _LOCK}.)"
             )
         if waits == _LEASE and not told:
-            log.info("%s has %s: waiting up to %d s, lest it is gone", who, folder, _LEASE)
+            log.info("%s has %s: waiting up to %d s, in case it is gone", who, folder, _LEASE)
             told = True
         time.sleep(0.05)
 

@@ -86,8 +86,9 @@ def _run(
     """`run`; nothing that it builds may outlive it (see `distributed.joined`)."""
     this = building.build(config, processes, saver)
     if not this.course.steps:
+        assert this.inputs.start is not None, "a new run has steps"
         if processes.is_main:
-            summary.say_that_it_is_done(_run_of_start(this), this.course.epochs_done)
+            summary.say_that_it_is_done(this.inputs.start.run, this.course.epochs_done)
         if dry:
             return None
         means = _measure_again(this)
@@ -95,8 +96,7 @@ def _run(
         changes = _say_what_will_be_done(this)
         with building.batches(this) as batches:
             if dry:
-                own = _run_of_start(this) == this.folder
-                begun = own or (this.folder / "config.yaml").exists()
+                begun = (this.folder / "config.yaml").exists()
                 summary.say_that_it_was_dry(this.folder, begun)
                 return None
             with building.claimed(this):
@@ -105,15 +105,6 @@ def _run(
     return Result(
         this.folder, means if processes.is_main else [], this.state.skipped.count, protocol
     )
-
-
-def _run_of_start(this: Run) -> Path | None:
-    """The folder of the run that this one goes on from: its own, or that of `run.resume`."""
-    start = this.inputs.start
-    if start is None:
-        return None
-    found = start.folder.resolve().parent.parent
-    return this.folder if found == this.folder.resolve() else found
 
 
 def _measure_again(this: Run) -> list[evaluate.Mean]:

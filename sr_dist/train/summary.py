@@ -70,7 +70,7 @@ def say(
         )
     log.info("going on from %s, step %d of %d", start.folder, start.step, course.last_step)
     # Its own, or that of the run which run.resume names.
-    changes = _changes(start.folder.resolve().parent.parent / "config.yaml", config)
+    changes = _changes(start.run / "config.yaml", config)
     ranks = start.meta.get("world_size", processes.world_size)
     if ranks != processes.world_size:
         changes.append(f"the number of processes was {ranks}, is {processes.world_size}")
@@ -79,7 +79,7 @@ def say(
     return changes
 
 
-def say_that_it_is_done(folder: Path | None, epochs: int) -> None:
+def say_that_it_is_done(folder: Path, epochs: int) -> None:
     log.info(
         "%s has its %d epoch(s); raise train.epochs to train it further: as it is, it is only "
         "measured again",
