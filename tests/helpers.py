@@ -75,8 +75,12 @@ class Started:
 def start(
     script: str | Path, *words: str | Path | float, cwd: Path | None = None, **environment: str
 ) -> Started:
-    """A script of the repository, in a process that has PyTorch loaded already."""
-    given = [str(REPOSITORY / script), *map(str, words)]
+    """A script of the repository, in a process that has PyTorch loaded already.
+
+    Or `accelerate`; the ranks that this starts load it themselves.
+    """
+    script = ACCELERATE[2] if script == "accelerate" else REPOSITORY / script
+    given = [str(script), *map(str, words)]
     folder = tempfile.TemporaryDirectory()
     process = _forks.Process(
         target=_become, args=(given, cwd or Path.cwd(), {**os.environ, **environment}, folder.name)
@@ -94,9 +98,12 @@ def _become(words: list[str], cwd: Path, environment: dict[str, str], folder: st
     for number, path in enumerate((os.devnull, f"{folder}/stdout", f"{folder}/stderr")):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).parent))
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if words[0].endswith(".py"):
+            sys.path.insert(0, str(Path(words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
@@ -136,13 +143,10 @@ def run(
 ) -> Done:
     """Run a command of the repository (`launch/…`, `tools/…`) with this Python, one thread."""
     given = [str(word) for word in words]
-    if given[0].endswith(".py") and not given[0].startswith("tools/"):
-        return start(*given, cwd=cwd, **environment).end(timeout)
-    if given[0].endswith(".py"):  # loads no PyTorch
+    if given[0].startswith("tools/"):  # loads no PyTorch
         given = [sys.executable, str(REPOSITORY / given[0]), *given[1:]]
-    elif given[0] == "accelerate":
-        # The launcher is told where to find its script, since the tests run elsewhere.
-        given = [*ACCELERATE, *given[1:]]
+    elif given[0].endswith(".py") or given[0] == "accelerate":
+        return start(*given, cwd=cwd, **environment).end(timeout)
     return subprocess.run(
         given,
         cwd=cwd,

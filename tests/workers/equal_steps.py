@@ -12,11 +12,13 @@ import sys
 import torch
 
 from sr_dist import config, distributed, gan, tensors
+from sr_dist.models import unet
 
 single = tensors.to_float
 tensors.to_float = lambda batch: single(batch).double()
 torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
 torch.set_default_dtype(torch.float64)
+unet._WIDTH = 16  # of 64: the same layers, in a third of the time
 ROWS, STEPS, RATE = 4, 2, 1e-4
 WITHOUT_BATCHNORM = ("none", {"name": "unet"}, False)
 # (settings of the loss, settings of the optimisers, parts of a batch, networks)
