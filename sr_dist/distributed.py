@@ -383,9 +383,10 @@ def joined(
                 if not missing:
                     raise
                 traceback.clear_frames(error.__traceback__)
+                names = ", ".join(map(str, missing))
+                gone = f"rank {names} is" if len(missing) == 1 else f"ranks {names} are"
                 raise LostRank(
-                    f"rank {', '.join(map(str, missing))} is gone; run the same command to go on "
-                    "from the last checkpoint"
+                    f"{gone} gone; run the same command to go on from the last checkpoint"
                 ) from None
     except BaseException as error:
         if isinstance(error, UserError) and processes.world_size > 1:

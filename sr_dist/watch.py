@@ -91,6 +91,8 @@ class Watch:
         self.halted = 0.0  # seconds that this process was suspended, which is nobody's silence
         self.resumed = 0.0  # when the last of them were over
         self.answered = self._now()  # when the store did so last
+        self.trouble: float | None = None  # when rank 0 heard that something went wrong
+        self.told_quiet = False
         self.threads = [
             threading.Thread(target=target, daemon=True, name="watch")
             for target in (self._live, self._guard)
@@ -226,24 +228,40 @@ class Watch:
             self.store.set(f"told/{key}", what)
 
     def missing(self) -> list[int]:
-        """After something went wrong between ranks: those that give no sign of life any more."""
+        """After something went wrong between ranks: those that give no sign of life any more.
+
+        The same for all ranks, however late they come to know that something did.
+        """
         assert self.store is not None
-        time.sleep(_SILENT)
         try:
-            if self.rank == 0:
-                quiet = self._quiet()
-                self.store.set("quiet", " ".join(map(str, quiet)))
-                time.sleep(_SILENT)  # in which the others read it: the store may go with this rank
-                return quiet
-            if self._quiet():
+            self.store.set("trouble", "1")
+            time.sleep(_SILENT)
+            if self.rank and self._quiet():
                 return [0]
             until = time.monotonic() + 2 * _SILENT
             while time.monotonic() < until and not self.store.check(["quiet"]):
                 time.sleep(0.05)
             found = self.store.get("quiet").decode() if self.store.check(["quiet"]) else ""
+            if self.rank == 0:
+                time.sleep(_SILENT)  # in which the others read it: the store may go with this rank
             return [int(rank) for rank in found.split()]
         except RuntimeError:  # the store went with the process that kept it
             return [0]
+
+    def _tell_quiet(self) -> None:
+        """Rank 0 names those that are gone, once, when another finds that something went wrong.
+
+        Its loop may not find that out before all the others have left: it may wait for them, and
+        not for the one that is gone.
+        """
+        assert self.store is not None
+        if self.told_quiet or not self.store.check(["trouble"]):
+            return
+        if self.trouble is None:
+            self.trouble = self._now()
+        if self._now() - self.trouble >= _SILENT and (quiet := self._quiet()):
+            self.store.set("quiet", " ".join(map(str, quiet)))
+            self.told_quiet = True
 
     def _quiet(self) -> list[int]:
         self._listen()
@@ -273,6 +291,8 @@ class Watch:
                 self.store.set(f"alive/{self.rank}", f"{self.beats} {self.step}")
                 self._agree()
                 self._listen()
+                if self.rank == 0:
+                    self._tell_quiet()
                 self.answered = self._now()
                 lost = self._lost()
             except RuntimeError:  # the store is gone, and with it who keeps it

@@ -11,9 +11,9 @@ ruff format --check .
 types=$(mktemp)
 mypy >"$types" 2>&1 &
 checked=$!
-# One thread each, since the tests themselves run side by side; two more than there are processors, since
+# One thread each, since the tests themselves run side by side; one more than there are processors, since
 # many wait for something.
-workers=$(python -c 'import os; print(min(4, 2 + (os.cpu_count() or 1)))')
+workers=$(python -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 status=0
 OMP_NUM_THREADS=1 python -m pytest -n "$workers" --dist worksteal "$@" || status=$?
 wait "$checked" || status=1

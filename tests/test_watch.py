@@ -305,3 +305,36 @@ def test_a_silent_rank_is_named_by_all_others(monkeypatch: pytest.MonkeyPatch) -
     for thread in threads:
         thread.join(20)
     assert said == dict.fromkeys((0, 1), "no sign of life from rank 2 for 0 s")
+
+
+def test_a_rank_that_is_gone_is_named_by_whoever_finds_out_first_and_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 may wait for one that lives, and know of nothing until that has left too."""
+    monkeypatch.setattr(watch, "_PERIOD", 0.05)
+    monkeypatch.setattr(watch, "_SILENT", 0.4)
+    store, found = Kept(), {}
+    gone, left = threading.Event(), threading.Event()
+
+    def live(rank: int) -> None:
+        with watch.Watch(rank, 3, store, timeout=60, launcher_keeps_store=True) as held:
+            time.sleep(0.3)
+            if rank == 2:
+                held.closing.set()  # it says nothing any more
+                gone.set()
+            elif rank == 1:
+                gone.wait(20)
+                found[rank] = held.missing()
+            else:
+                left.wait(20)
+                time.sleep(1)  # so that rank 1 is silent as well
+                found[rank] = held.missing()
+        if rank == 1:
+            left.set()
+
+    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == {0: [2], 1: [2]}
