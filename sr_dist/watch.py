@@ -92,7 +92,7 @@ class Watch:
         self.resumed = 0.0  # when the last of them were over
         self.answered = self._now()  # when the store did so last
         self.trouble: float | None = None  # when rank 0 heard that something went wrong
-        self.told_quiet = False
+        self.told_quiet = False  # whether it has named those that are gone
         self.threads = [
             threading.Thread(target=target, daemon=True, name="watch")
             for target in (self._live, self._guard)

@@ -79,7 +79,7 @@ def start(
 
     Or `accelerate`; the ranks that this starts load it themselves.
     """
-    script = ACCELERATE[2] if script == "accelerate" else REPOSITORY / script
+    script = ACCELERATE[-1] if script == "accelerate" else REPOSITORY / script
     given = [str(script), *map(str, words)]
     folder = tempfile.TemporaryDirectory()
     process = _forks.Process(

@@ -312,7 +312,7 @@ def test_a_rank_that_is_gone_is_named_by_whoever_finds_out_first_and_last(
 ) -> None:
     """Rank 0 may wait for one that lives, and know of nothing until that has left too."""
     monkeypatch.setattr(watch, "_PERIOD", 0.05)
-    monkeypatch.setattr(watch, "_SILENT", 0.4)
+    monkeypatch.setattr(watch, "_SILENT", 1.5)
     store, found = Kept(), {}
     gone, left = threading.Event(), threading.Event()
 
@@ -327,7 +327,7 @@ def test_a_rank_that_is_gone_is_named_by_whoever_finds_out_first_and_last(
                 found[rank] = held.missing()
             else:
                 left.wait(20)
-                time.sleep(1)  # so that rank 1 is silent as well
+                time.sleep(2)  # so that rank 1 is silent as well
                 found[rank] = held.missing()
         if rank == 1:
             left.set()
