@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sr_dist import workers
+from sr_dist import tiles, workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -57,7 +57,11 @@ def parse_arguments() -> argparse.Namespace:
         "--max-megabytes", type=int, default=20, metavar="N", help="of an upload (default 20)"
     )
     parser.add_argument(
-        "--tile", type=int, default=120, metavar="N", help="see launch/upscale.py (default 120)"
+        "--tile",
+        type=int,
+        default=tiles.SIDE,
+        metavar="N",
+        help="see launch/upscale.py (default %(default)s)",
     )
     return parser.parse_args()
 
@@ -71,8 +75,10 @@ def main() -> None:
             if getattr(arguments, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option}: expected 1 or more, found {getattr(arguments, name)}")
-        if arguments.tile < 16:
-            raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
+        if arguments.tile < tiles.SMALLEST_SIDE:
+            raise UserError(
+                f"--tile: expected {tiles.SMALLEST_SIDE} or more, found {arguments.tile}"
+            )
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         # gradio asks its own page whether it is there: no proxy is to stand in between.
         for name in ("no_proxy", "NO_PROXY"):

@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sr_dist import workers
+from sr_dist import tiles, workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -77,7 +77,11 @@ def parse_arguments() -> argparse.Namespace:
         help="measure LPIPS too; FILE: weights of torchvision's squeezenet1_1",
     )
     parser.add_argument(
-        "--tile", type=int, default=256, metavar="N", help="side of the LR tiles (default 256)"
+        "--tile",
+        type=int,
+        default=tiles.SIDE,
+        metavar="N",
+        help="side of the tiles that bound the memory, LR pixels (default %(default)s)",
     )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="a folder for the results"
@@ -105,8 +109,10 @@ def main() -> None:
             raise UserError(f"--scale: expected 2 or more, found {scale}")
         if arguments.bits is not None and not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
-        if arguments.tile < 16:
-            raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
+        if arguments.tile < tiles.SMALLEST_SIDE:
+            raise UserError(
+                f"--tile: expected {tiles.SMALLEST_SIDE} or more, found {arguments.tile}"
+            )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = {path: generators.load(path) for path in arguments.checkpoint}
         for path, (_, description) in loaded.items():

@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sr_dist import workers
+from sr_dist import tiles, workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -43,9 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tile",
         type=int,
-        default=120,
+        default=tiles.SIDE,
         metavar="N",
-        help="side of the tiles that bound the memory, pixels of the input (default 120)",
+        help="side of the tiles that bound the memory, pixels of the input (default %(default)s)",
     )
     parser.add_argument(
         "--engine",
@@ -77,8 +77,10 @@ def main() -> None:
 
         if arguments.bits is not None and not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
-        if arguments.tile < 16:
-            raise UserError(f"--tile: expected 16 or more, found {arguments.tile}")
+        if arguments.tile < tiles.SMALLEST_SIDE:
+            raise UserError(
+                f"--tile: expected {tiles.SMALLEST_SIDE} or more, found {arguments.tile}"
+            )
         if arguments.output.suffix.lower() in images.SUFFIXES and not arguments.output.is_dir():
             raise UserError(
                 f"--output: expected a folder, found {arguments.output}; results are called as "

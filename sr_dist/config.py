@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from sr_dist import losses, models, settings
+from sr_dist import losses, models, settings, tiles
 from sr_dist.errors import UserError
 from sr_dist.settings import REQUIRED, setting
 
@@ -315,7 +315,7 @@ class Evaluation:
         None,
         "side of the LR tiles that bound memory, pixels; null: as many pixels as the crops that a "
         "process trains on at once have",
-        minimum=16,
+        minimum=tiles.SMALLEST_SIDE,
     )
     lpips: str | None = setting(
         None,

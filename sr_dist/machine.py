@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 # Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _LARGEST = 2**31 - 1
+_LARGE = 32 * 2**20  # bytes; glibc's greatest threshold
 _TOP_PAD = 64 * 2**20  # bytes that the heap grows by at least
 
 
@@ -50,16 +51,19 @@ def commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(*, large_too: bool = True) -> bool:
     """Let the C library keep what tensors free, for those of the next step; whether it does.
 
     glibc gives large blocks back to the system and gets them again as zeroed pages, hundreds of
     times in a step on a CPU: a quarter of its time. Other C libraries are left as they are.
+    `large_too`: also blocks of 32 MiB and more. Kept ones are used again only where they fit, so
+    that more may be held than is ever in use.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, _TOP_PAD))
+    way = (_M_MMAP_MAX, 0) if large_too else (_M_MMAP_THRESHOLD, _LARGE)
+    options = (way, (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, _TOP_PAD))
     return all([mallopt(option, value) == 1 for option, value in options])

@@ -104,7 +104,7 @@ def test_a_picture_is_enlarged_compared_and_downloaded(
 
 
 def test_what_the_demo_refuses(models: list[Path]) -> None:
-    assert "--tile: expected 16 or more" in refuse("launch/demo.py", "--tile", 3)
+    assert "--tile: expected 64 or more" in refuse("launch/demo.py", "--tile", 3)
     assert "nowhere does not exist" in refuse("launch/demo.py", "--checkpoint", "nowhere")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -262,7 +262,7 @@ def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> 
     message = refuse(*common, "--scale", 2)
     assert f"{generators.DEFAULT} enlarges 4 times, but --scale is 2" in message
     message = refuse(*common, "--method", "bicubic", "--scale", 4, "--tile", -5)
-    assert "--tile: expected 16 or more, found -5" in message
+    assert "--tile: expected 64 or more, found -5" in message
     torch.manual_seed(0)
     gray = {"name": "swift_srgan", "scale": 4, "channels": 1, "num_channels": 8, "num_blocks": 1}
     built = models.build_generator(**gray)  # type: ignore[arg-type]

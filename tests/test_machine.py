@@ -10,28 +10,33 @@ import pytest
 from sr_dist import machine
 from tests.helpers import REPOSITORY, succeed
 
-# A block of 200 MB is freed: how much of it the process still holds.
+# 200 MB are freed, in blocks of some MB: how much of it the process still holds.
 FREED = """
 import sys, torch
 from sr_dist import machine
-kept = sys.argv[1] == "kept" and machine.keep_freed_memory()
+way, size = sys.argv[1], int(sys.argv[2])
+kept = way == "as it comes" or machine.keep_freed_memory(large_too=way == "all kept")
 before = machine.megabytes_in_use()["resident"]
-block = torch.ones(50_000_000)
+blocks = [torch.ones(size * 250_000) for _ in range(200 // size)]
 held = machine.megabytes_in_use()["resident"] - before
-del block
+del blocks
 print(kept, held, machine.megabytes_in_use()["resident"] - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
-@pytest.mark.parametrize("way", ["kept", "as it comes"])
-def test_freed_memory_is_kept(way: str) -> None:
-    kept, held, left = succeed(sys.executable, "-c", FREED, way).stdout.split()
-    assert float(held) > 190
-    if way == "kept":
-        assert kept == "True" and float(left) > 190
-    else:
-        assert float(left) < 10
+@pytest.mark.parametrize(
+    ("way", "megabytes", "stays"),
+    [
+        *(("all kept", 200, True), ("all kept", 25, True)),
+        *(("small kept", 40, False), ("small kept", 25, True)),
+        *(("as it comes", 200, False), ("as it comes", 25, False)),
+    ],
+)
+def test_freed_memory_is_kept(way: str, megabytes: int, stays: bool) -> None:
+    kept, held, left = succeed(sys.executable, "-c", FREED, way, megabytes).stdout.split()
+    assert kept == "True" and float(held) > 190
+    assert float(left) > 190 if stays else float(left) < 10
 
 
 def test_the_commit_is_that_of_the_checkout() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sr_dist import images, machine, models, upscale
+from sr_dist import images, machine, models, tiles, upscale
+from sr_dist.models import strips
 from tests.generators import build, describe
 
 
@@ -25,7 +26,7 @@ def generator(channels: int = 3, scale: int = 4, name: str = "swift_srgan") -> t
 
 
 @pytest.mark.parametrize("scale", [2, 4])
-@pytest.mark.parametrize("tile", [16, 23, 64])
+@pytest.mark.parametrize("tile", [32, 45, 256])
 def test_tiles_give_the_picture_of_the_whole(
     picture: images.Picture, scale: int, tile: int
 ) -> None:
@@ -56,18 +57,18 @@ def test_tiles_see_as_far_as_the_generator_reaches(
 
 
 @given(
-    *(st.integers(1, 400), st.integers(1, 400), st.integers(16, 96), st.sampled_from([2, 4])),
+    *(st.integers(1, 400), st.integers(1, 400), st.integers(32, 384), st.sampled_from([2, 10])),
     *(st.integers(1, 40), st.integers(0, 4)),
 )
 def test_tiles_cover_the_picture_and_see_enough(
-    height: int, width: int, tile: int, scale: int, far: int, near: int
+    height: int, width: int, side: int, parts: int, far: int, near: int
 ) -> None:
     """Each pixel is of one tile; what a tile is computed of lies in what it was extracted from."""
-    whole, times = upscale._Box(0, height, 0, width), np.zeros((height, width), int)
-    larges = list(upscale._tiles(whole, scale * tile, far + near, whole))
+    whole, times = tiles.Box(0, height, 0, width), np.zeros((height, width), int)
+    larges = list(tiles.cut(whole, side, far + near, whole))
     for large, seen in larges:
         assert_enough(large, seen, far + near, whole)
-        for small, part in upscale._tiles(large, tile, near, whole):
+        for small, part in tiles.cut(large, side // parts, near, whole):
             assert_enough(small, part, near, whole)
             assert seen.top <= part.top and part.bottom <= seen.bottom
             assert seen.left <= part.left and part.right <= seen.right
@@ -75,7 +76,7 @@ def test_tiles_cover_the_picture_and_see_enough(
     assert (times == 1).all()
     shapes = {(seen.bottom - seen.top, seen.right - seen.left) for _, seen in larges}
     assert len(shapes) == 1
-    assert math.prod(shapes.pop()) <= (scale * tile + 2 * (far + near)) ** 2
+    assert math.prod(shapes.pop()) <= (side + 2 * (far + near)) ** 2
 
 
 @settings(deadline=None)
@@ -86,9 +87,9 @@ def test_a_picture_turned_takes_the_tiles_turned(
     """Also of portraits the tiles are those that compute the least."""
 
     def computed(height: int, width: int) -> int:
-        whole = upscale._Box(0, height, 0, width)
-        tiles = upscale._tiles(whole, side, margin, whole)
-        return sum((seen.bottom - seen.top) * (seen.right - seen.left) for _, seen in tiles)
+        whole = tiles.Box(0, height, 0, width)
+        parts = tiles.cut(whole, side, margin, whole)
+        return sum((seen.bottom - seen.top) * (seen.right - seen.left) for _, seen in parts)
 
     assert computed(height, width) == computed(width, height)
 
@@ -103,20 +104,38 @@ def assert_enough(box: Any, seen: Any, margin: int, whole: Any) -> None:
 def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more pixels at a time than in a square tile and its margin, and always as many."""
     network, seen = generator(), {"extract": [], "enlarge": []}
-    for step, shapes in seen.items():
-        real = getattr(network, step)
-        monkeypatch.setattr(
-            network, step, lambda x, *lr, f=real, s=shapes: s.append(x.shape) or f(x, *lr)
-        )
+    extract, enlarge = strips.extract, network.enlarge
+    monkeypatch.setattr(
+        strips, "extract", lambda g, lr: seen["extract"].append(lr.shape) or extract(g, lr)
+    )
+    monkeypatch.setattr(
+        network, "enlarge", lambda x, lr: seen["enlarge"].append(x.shape) or enlarge(x, lr)
+    )
     picture = np.zeros((256, 384, 3), np.uint8)
-    upscale.upscale(network, picture, scale=4, tile=32)
+    upscale.upscale(network, picture, scale=4, tile=192)
     far, near = models.reach(network)
-    for step, side, reach in (("extract", 128, far + near), ("enlarge", 32, near)):
+    for step, side, reach in (("extract", 192, far + near), ("enlarge", 32, near)):
         shapes = seen[step]
         assert len(set(shapes)) == 1
         pixels, most = math.prod(shapes[0][2:]), (side + 2 * reach) ** 2
         assert most / 2 < pixels <= most
         assert len(shapes) * pixels <= (256 / side) * (384 / side) * most, "of squares"
+
+
+@pytest.mark.parametrize("name", ["swift_srgan", "srgan"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(21, 34), (3, 60), (64, 1)])
+def test_features_in_strips_are_those_of_the_whole(
+    name: str, channels: int, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = generator(channels, name=name)
+    lr = torch.rand(1, channels, height, width)
+    with torch.inference_mode():
+        whole = network.extract(lr)  # type: ignore[operator]
+        monkeypatch.setattr(strips, "_AT_ONCE", 5 * width)
+        in_strips = strips.extract(network, lr)
+    torch.testing.assert_close(in_strips, whole, rtol=0, atol=1e-6)
+    assert float(whole.std()) > 0.01
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Of the stages of `extract`, in pixels on each side: 9x9, two 3x3 in each residual block, 3x3.
+REACH_OF_FIRST, REACH_OF_BLOCK, REACH_OF_LAST = 4, 2, 1
 _WIDTHS = (64, 64, 128, 128, 256, 256, 512, 512)  # of the published discriminators
 
 
@@ -20,8 +22,8 @@ def doublings(scale: int) -> int:
 
 
 def reach_of_extract(num_blocks: int) -> int:
-    """LR pixels on each side that a feature depends on: 9x9, two 3x3 a residual block, 3x3."""
-    return 4 + 2 * num_blocks + 1
+    """LR pixels on each side that a feature depends on."""
+    return REACH_OF_FIRST + num_blocks * REACH_OF_BLOCK + REACH_OF_LAST
 
 
 def reach_of_enlarge(scale: int) -> int:

@@ -131,9 +131,14 @@ class Generator(nn.Module):
     def forward(self, lr: Tensor) -> Tensor:
         return self.enlarge(self.extract(lr), lr)
 
+    def stages(self) -> tuple[nn.Module, nn.Sequential, nn.Module]:
+        """Of `extract`: from LR to features, residual blocks, and what is added to the features."""
+        return self.initial, self.residual, self.convblock
+
     def extract(self, lr: Tensor) -> Tensor:
-        features: Tensor = self.initial(lr)
-        out: Tensor = self.convblock(self.residual(features)) + features
+        first, blocks, last = self.stages()
+        features: Tensor = first(lr)
+        out: Tensor = last(blocks(features)) + features
         return out
 
     def enlarge(self, features: Tensor, lr: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from sr_dist import (
     resuming,
     settings,
     stream,
+    tiles,
     tracking,
     weights,
 )
@@ -114,14 +115,14 @@ def build(config: Config, processes: Processes, saver: checkpoint.Saver) -> Run:
 
 
 def evaluation_tile(config: Config, world_size: int) -> int:
-    """LR pixels on a side, of a tile that has no more pixels than the crops trained on at once.
+    """LR pixels on a side, of a tile that has no more pixels than the HR crops trained on at once.
 
-    Computed with its surroundings, and its features in larger ones (see `upscale.upscale`), it
-    still needs less memory: without gradients a few layers are held at once, with them all are.
+    Its features, extracted with its surroundings, take less memory: without gradients a few layers
+    are held at once, with them all are. What is enlarged at once (see `upscale.upscale`) does too.
     """
     train, data = config.train, config.data
     at_once = train.global_batch_size // world_size // train.accumulation_steps
-    return max(16, math.isqrt(at_once * data.crop_size**2) // data.scale)
+    return max(tiles.SMALLEST_SIDE, math.isqrt(at_once * data.crop_size**2))
 
 
 def _validation(

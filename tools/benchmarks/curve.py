@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks import measuring, original
-from sr_dist import config, evaluate, files, generators, losses
+from sr_dist import config, evaluate, files, generators, losses, tiles
 from sr_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ Points = list[tuple[float, float]]  # minutes, dB
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _ABOVE = 1.0  # dB above bicubic: the mark to which both are timed
-_TILE = 256
 _ORIGINAL_BATCH = 16
 _ORIGINAL_CROP = 96
 _LISTED = (1, 2, 3, 5, 10, 20, 30, 45, 60)  # minutes of the table
@@ -146,7 +145,7 @@ def _psnr(
 
 
 def _of(generator: nn.Module, arguments: argparse.Namespace, settings: config.Config) -> float:
-    learned = evaluate.learned(generator, scale=settings.data.scale, tile=_TILE)
+    learned = evaluate.learned(generator, scale=settings.data.scale, tile=tiles.SIDE)
     return round(_psnr(learned, arguments, settings), 3)
 
 

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 from benchmarks import measuring
-from sr_dist import generators, images, machine, metrics, models, tensors, upscale
+from sr_dist import generators, images, machine, metrics, models, tensors, tiles, upscale
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TILE = 120
 _TOLERANCE = 1e-5  # between our fp32 and the published form, of outputs in [0, 1]
 
 
@@ -50,7 +49,9 @@ class Job:
 def ours(job: Job) -> Iterator[Callable[[], object]]:
     generator = upscale.prepare(job.generator(), _device())
     picture = job.picture()
-    yield lambda: upscale.upscale(generator, picture, scale=job.scale, tile=TILE, engine=job.engine)
+    yield lambda: upscale.upscale(
+        generator, picture, scale=job.scale, tile=tiles.SIDE, engine=job.engine
+    )
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "difference": differences(Job(96, 96, 4, scale_4), engines),
         "peak_megabytes": peaks(arguments.checkpoint),
         "config": {
-            "tile": TILE,
+            "tile": tiles.SIDE,
             "checkpoint": str(arguments.checkpoint or "random weights"),
             "engines": engines,
             "reference": f"{faster}, the faster of the eager generator and its trace",
@@ -117,7 +118,9 @@ def differences(job: Job, engines: list[str]) -> dict[str, float]:
     if "bf16" not in engines:
         return {"fp32_greatest": greatest}
     pair = [
-        tensors.to_batch([upscale.upscale(generator, picture, scale=4, tile=TILE, engine=engine)])
+        tensors.to_batch(
+            [upscale.upscale(generator, picture, scale=4, tile=tiles.SIDE, engine=engine)]
+        )
         for engine in upscale.ENGINES
     ]
     return {"fp32_greatest": greatest, "bf16_psnr_db": round(float(metrics.psnr(*pair)), 2)}
@@ -126,7 +129,7 @@ def differences(job: Job, engines: list[str]) -> dict[str, float]:
 def peaks(checkpoint: Path | None) -> dict[str, float]:
     """Peak resident megabytes of launch/upscale.py for a 3840x2160 and a 7680x4320 result.
 
-    Medians of three runs: how well blocks fit in between what stays differs from run to run.
+    Medians of three runs: how well blocks fit in between what stays differs a little.
     """
     found = {}
     with tempfile.TemporaryDirectory() as name:
@@ -140,7 +143,7 @@ def peaks(checkpoint: Path | None) -> dict[str, float]:
             words = (
                 *(REPOSITORY / "launch" / "upscale.py", "--checkpoint", checkpoint),
                 *("--input", folder / f"{result}.png", "--output", folder / "out"),
-                *("--engine", "fp32", "--tile", TILE),
+                *("--engine", "fp32"),
             )
             # Of a shell of its own, so that the child it waits for is this one alone.
             code = (
