@@ -437,7 +437,7 @@ def test_a_folder_that_may_not_be_written_to_any_more_stops_the_run(
         subprocess.run(["true"], preexec_fn=obey_modes, check=True)
     except subprocess.SubprocessError:
         pytest.skip("root here may not give up its right to write anywhere")
-    settings = ("train.epochs=1", "checkpoint.every_steps=4")
+    settings = ("train.epochs=1", "checkpoint.every_steps=8")
     checkpoints = tmp_path / "runs" / "small" / "checkpoints"
     with popen(
         [sys.executable, str(SLOW_STEPS), str(recipe), *settings],
@@ -446,14 +446,16 @@ def test_a_folder_that_may_not_be_written_to_any_more_stops_the_run(
         text=True,
         preexec_fn=obey_modes,
     ) as running:
-        wait_for_step(running, 6)
+        wait_for_step(running, 8)
+        while not (checkpoints / "step-00000008").exists():  # it is written beside the next steps
+            time.sleep(0.01)
         checkpoints.chmod(0o555)
         said = running.communicate(timeout=60)[1]
     checkpoints.chmod(0o755)
     assert running.returncode == 2 and "Traceback" not in said
-    partial = checkpoints / "step-00000008.tmp"
+    partial = checkpoints / "step-00000016.tmp"
     assert said.strip() == f"error: cannot use {partial}: Permission denied"
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000008"]
     assert saved(train.run(load(recipe, *settings)).folder)[1]["step"] == 18
 
 
