@@ -23,6 +23,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+LAUNCHERS = {"accelerate": ACCELERATE[-1], "torchrun": "torch.distributed.run"}
 Done = subprocess.CompletedProcess[str]
 
 # Also of all that the tests start: many run side by side.
@@ -58,6 +59,10 @@ class Started:
             assert time.monotonic() < deadline, f"in {timeout} s it never said {line!r}"
             time.sleep(0.02)
 
+    def children(self) -> list[int]:
+        assert self.process.pid is not None
+        return children_of(self.process.pid)
+
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
@@ -77,10 +82,9 @@ def start(
 ) -> Started:
     """A script of the repository, in a process that has PyTorch loaded already.
 
-    Or `accelerate`; the ranks that this starts load it themselves.
+    Or one of `LAUNCHERS`; the ranks that this starts load it themselves.
     """
-    script = ACCELERATE[-1] if script == "accelerate" else REPOSITORY / script
-    given = [str(script), *map(str, words)]
+    given = [LAUNCHERS.get(str(script), str(REPOSITORY / script)), *map(str, words)]
     folder = tempfile.TemporaryDirectory()
     process = _forks.Process(
         target=_become, args=(given, cwd or Path.cwd(), {**os.environ, **environment}, folder.name)
@@ -99,7 +103,7 @@ def _become(words: list[str], cwd: Path, environment: dict[str, str], folder: st
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.argv = words
     try:
-        if words[0].endswith(".py"):
+        if words[0] not in LAUNCHERS.values():
             sys.path.insert(0, str(Path(words[0]).parent))
             runpy.run_path(words[0], run_name="__main__")
         else:
@@ -145,7 +149,7 @@ def run(
     given = [str(word) for word in words]
     if given[0].startswith("tools/"):  # loads no PyTorch
         given = [sys.executable, str(REPOSITORY / given[0]), *given[1:]]
-    elif given[0].endswith(".py") or given[0] == "accelerate":
+    elif given[0].endswith(".py") or given[0] in LAUNCHERS:
         return start(*given, cwd=cwd, **environment).end(timeout)
     return subprocess.run(
         given,

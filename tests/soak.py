@@ -34,7 +34,7 @@ RANKS = 3  # with two, sums do not depend on the order of their addends
 PATIENCE = 120  # seconds for anything; a run that hangs fails here
 RECIPE = """
 run: {{name: {name}, output_dir: {folder}/runs, timeout_minutes: 0.5}}
-data: {{train: {folder}/shards, validation: {folder}/images/chelsea.png, crop_size: 32,
+data: {{train: {folder}/shards, validation: {folder}/measured.png, crop_size: 32,
   crops_per_image: 1, num_workers: 1}}
 model:
   generator: {{num_channels: 8, num_blocks: 1, global_skip: bicubic}}
@@ -50,6 +50,8 @@ def prepare(folder: Path) -> None:
     for path in dataset.find_sample_photographs():
         if path.name in ("astronaut.png", "chelsea.png", "coffee.png"):
             images.save(images.decode(path, 3), folder / "images" / path.name)
+    part = images.decode(folder / "images" / "chelsea.png", 3)[60:188, 120:280]
+    images.save(part, folder / "measured.png")
     options = shard_writer.Options(tile=64, samples_per_shard=60, min_size=48)
     shard_writer.write(images.list_pictures(folder / "images"), folder / "shards", options)
 

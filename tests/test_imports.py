@@ -19,7 +19,7 @@ from tests.helpers import REPOSITORY, contents, succeed
 # A module may import those of lower levels alone.
 LEVELS = [
     {"errors"},
-    {"files", "ranks", "machine", "workers"},
+    {"files", "ranks", "machine", "workers", "tiles"},
     {"remote", "signals"},
     {"watch"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}

@@ -21,13 +21,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from sr_dist import distributed
 from sr_dist.errors import UserError
 from tests.helpers import (
-    ACCELERATE,
     REPOSITORY,
     all_end,
     contents,
+    end_ranks,
     free_port,
     popen,
     run,
+    start,
     succeed,
 )
 from tests.runs import ONE_PROCESS, TWO_PROCESSES, launch, rows, saved
@@ -112,20 +113,13 @@ def test_the_file_for_several_machines_trains_on_two_launchers(
     values |= {"use_cpu": True, "gpu_ids": "-1", "num_processes": 2, "mixed_precision": "no"}
     values["main_process_port"] = free_port()
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
-    command = [*ACCELERATE, "launch", "--config_file", str(tmp_path / "two.yaml")]
-    command += ["--main_process_ip", "127.0.0.1"]
+    options = ("--config_file", tmp_path / "two.yaml", "--main_process_ip", "127.0.0.1")
+    words = (LAUNCH / "train.py", "--config", recipe, "train.epochs=1")
     machines = [
-        subprocess.Popen(
-            [
-                *(*command, "--machine_rank", str(rank), str(LAUNCH / "train.py")),
-                *("--config", str(recipe), "train.epochs=1"),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
+        start("accelerate", "launch", *options, "--machine_rank", rank, *words) for rank in (0, 1)
     ]
-    all_end(machines, timeout=200)
+    ended = end_ranks(machines, timeout=200)
+    assert [done.returncode for done in ended] == [0, 0], [done.stderr for done in ended]
     assert saved(tmp_path / "runs" / "small")[1]["world_size"] == 2
 
 

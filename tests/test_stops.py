@@ -151,27 +151,27 @@ def test_a_killed_rank_is_named_by_the_others(recipe: Path, killed: int) -> None
 
 
 @pytest.mark.multiprocess
-def test_killed_ranks_are_started_again_by_the_launcher_and_nothing_is_lost(
+def test_a_killed_rank_is_started_again_by_the_launcher_and_nothing_is_lost(
     recipe: Path, tmp_path: Path, trained_on_two: Path
 ) -> None:
-    """Under --max_restarts, one rank killed and later the other: the run of one unbroken."""
-    command = [*ACCELERATE, "launch", "--config_file", str(TWO_PROCESSES), "--max_restarts", "2"]
-    command += ["--monitor_interval", "0.5"]
-    command += [str(SLOW_STEPS), str(recipe)]
-    with popen(
-        [*command, "checkpoint.every_steps=5"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as running:
-        for step, victim in ((8, -1), (23, 0)):
-            wait_for_step(running, step)
-            ranks = children_of(running.pid)
-            assert len(ranks) == 2
-            os.kill(ranks[victim], signal.SIGKILL)
-        said = running.communicate(timeout=120)[1]
-    assert running.returncode == 0, said
+    """Under --max_restarts, rank 0 killed, which all others ask: the run of one unbroken."""
+    options = ("--config_file", TWO_PROCESSES, "--max_restarts", 1, "--monitor_interval", 0.5)
+    settings = ("checkpoint.every_steps=5",)
+    running = start("accelerate", "launch", *options, SLOW_STEPS, recipe, *settings)
+    running.wait_for("step 23\n")
+    ranks = running.children()
+    assert len(ranks) == 2
+    os.kill(ranks[0], signal.SIGKILL)
+    done = running.end(timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "step 21\n" in done.stdout.partition("step 23\n")[2], "it began again at a checkpoint"
     assert_same_run(trained_on_two, tmp_path / "runs/small")
+
+
+def standalone(*, processes: int, restarts: int) -> tuple[str, ...]:
+    """The options of torchrun for one machine, and that it looks at its ranks often."""
+    own = ("--standalone", "--monitor_interval=0.2", f"--max_restarts={restarts}")
+    return (*own, f"--nproc_per_node={processes}")
 
 
 @pytest.mark.multiprocess
@@ -179,21 +179,19 @@ def test_a_rank_killed_while_another_measures_is_started_again(
     recipe: Path, tmp_path: Path, trained_on_two: Path
 ) -> None:
     """The launcher then stops the one that measures, by the signal that people stop runs by."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "1"]
-    command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
-    command += [str(REPOSITORY / "tests" / "workers" / "slow_evaluation.py"), "3", str(recipe)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with popen([*command, "run.timeout_minutes=0.1"], **pipes) as running:
-        assert running.stdout.readline() == "measures\n"
-        (killed,) = (
-            child
-            for child in children_of(running.pid)
-            if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
-        )
-        os.kill(killed, signal.SIGKILL)
-        _, said = running.communicate(timeout=120)
-    assert running.returncode == 0, said
-    assert "stopped before the launcher started it again" not in said, said
+    worker = REPOSITORY / "tests" / "workers" / "slow_evaluation.py"
+    words = (worker, 3, recipe, "run.timeout_minutes=0.1")
+    running = start("torchrun", *standalone(processes=2, restarts=1), *words)
+    running.wait_for("measures\n")
+    (killed,) = (
+        child
+        for child in running.children()
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
+    )
+    os.kill(killed, signal.SIGKILL)
+    done = running.end(timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "stopped before the launcher started it again" not in done.stderr, done.stderr
     assert_same_run(trained_on_two, tmp_path / "runs/small")
 
 
@@ -259,20 +257,17 @@ def test_a_signal_to_the_launcher_stops_its_ranks_after_a_checkpoint(
 def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
     recipe: Path, tmp_path: Path
 ) -> None:
-    """Of its two further attempts none trains; the next start goes on."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "2"]
-    command += ["--nproc_per_node", "2", "--monitor_interval", "0.2"]
-    command += [str(SLOW_STEPS), str(recipe)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with popen([*command, "train.epochs=50"], **pipes) as running:
-        wait_for_step(running, 3)
-        ranks = children_of(running.pid)
-        os.kill(ranks[1], signal.SIGUSR1)
-        steps, said = running.communicate(timeout=120)
-    assert running.returncode == 1 and "exitcode  : 75" in said, said
-    assert said.count("stopped before the launcher started it again") == 2, said
+    """Its further attempt trains nothing; the next start goes on."""
+    words = (SLOW_STEPS, recipe, "train.epochs=50")
+    running = start("torchrun", *standalone(processes=2, restarts=1), *words)
+    running.wait_for("step 3\n")
+    os.kill(running.children()[1], signal.SIGUSR1)
+    done = running.end(timeout=120)
+    assert done.returncode == 1 and "exitcode  : 75" in done.stderr, done.stderr
+    assert done.stderr.count("stopped before the launcher started it again") == 1, done.stderr
     step = saved(tmp_path / "runs/small")[1]["step"]
-    assert f"step {step}" in steps and f"step {step + 1}" not in steps  # type: ignore[operator]
+    assert f"step {step}\n" in done.stdout
+    assert f"step {step + 1}\n" not in done.stdout  # type: ignore[operator]
     (again,) = start_ranks(1, SLOW_STEPS, recipe, "train.epochs=50")
     again.wait_for(f"step {step + 1}\n")  # type: ignore[operator]
     again.signal(signal.SIGTERM)
@@ -283,18 +278,15 @@ def test_a_stop_is_one_for_the_launcher_that_starts_ranks_again(
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_stop_before_the_first_step_is_one_too(recipe: Path, number: signal.Signals) -> None:
     """But for SIGTERM, by which launchers also end the ranks that they will start again."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", "1"]
-    command += ["--nproc_per_node", "1", "--monitor_interval", "0.2"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with popen([*command, str(SLOW_STEPS), str(recipe)], **pipes) as running:
-        assert running.stdout.readline() == "building\n"
-        os.kill(children_of(running.pid)[0], number)
-        steps, said = running.communicate(timeout=120)
-    told = said.count("stopped before the launcher started it again")
+    running = start("torchrun", *standalone(processes=1, restarts=1), SLOW_STEPS, recipe)
+    running.wait_for("building\n")
+    os.kill(running.children()[0], number)
+    done = running.end(timeout=120)
+    told = done.stderr.count("stopped before the launcher started it again")
     if number == signal.SIGTERM:
-        assert told == 0 and "step 36\n" in steps and running.returncode == 0
+        assert told == 0 and "step 36\n" in done.stdout and done.returncode == 0
     else:
-        assert told == 1 and "step" not in steps, said
+        assert told == 1 and "step" not in done.stdout, done.stderr
 
 
 def has_loaded_torch(process: int) -> bool:

@@ -33,6 +33,7 @@ from sr_dist import (
     models,
     remote,
     shard_reader,
+    shard_writer,
     shards,
     storage,
     stream,
@@ -43,7 +44,6 @@ from sr_dist.train import building, checks
 from tests.helpers import REPOSITORY, refuse, run, run_ranks, succeed
 from tests.local_server import Server, data, status
 from tests.runs import (
-    ONE_PROCESS,
     TWO_PROCESSES,
     assert_same_run,
     full_once,
@@ -204,11 +204,9 @@ def test_a_discriminator_that_saturates_is_told_once(
 
 
 @pytest.mark.parametrize("colour", ["y", "rgb"])
-def test_evaluation_is_by_the_configured_protocol(
-    recipe: Path, photographs: Path, colour: str
-) -> None:
+def test_evaluation_is_by_the_configured_protocol(recipe: Path, colour: str) -> None:
     result = train.run(load(recipe, "train.epochs=1", f"evaluation.protocol={colour}"))
-    pairs = evaluate.read_pairs(str(photographs / "chelsea.png"), scale=4, channels=3)
+    pairs = evaluate.read_pairs(str(recipe.with_name("chelsea.png")), scale=4, channels=3)
     rows = evaluate.evaluate(
         {"bicubic": evaluate.classical("bicubic", 4)}, pairs, colour=colour, border=4
     )
@@ -594,13 +592,17 @@ def test_what_a_killed_run_left_half_written_goes(recipe: Path, tmp_path: Path) 
 
 @pytest.mark.multiprocess
 def test_two_processes_compute_in_bf16_where_their_launcher_is_told(
-    recipe: Path, tmp_path: Path
+    recipe: Path, photographs: Path, tmp_path: Path
 ) -> None:
     told, text = tmp_path / "bf16.yaml", TWO_PROCESSES.read_text()
     assert 'mixed_precision: "no"' in text
     told.write_text(text.replace('mixed_precision: "no"', "mixed_precision: bf16"))
     words = ("launch/train.py", "--config", recipe, "train.epochs=1", "train.warmup_images=0")
-    words += (of_first_shard(recipe),)
+    # Two steps alone, since a processor that emulates bf16 takes seconds for each.
+    options = shard_writer.Options(tile=64, samples_per_shard=16, min_size=48)
+    source = images.list_pictures(photographs)
+    shard_writer.write(source, tmp_path / "few", options)
+    words += (f"data.train={tmp_path}/few/shard-{{000000..000000}}.tar",)
     done = run_ranks(2, *words, "run.name=in_no")
     assert "2 processes on cpu, precision no; " in done.stderr
     for name, done in (
@@ -628,16 +630,9 @@ def test_two_processes_compute_in_bf16_where_their_launcher_is_told(
 def test_two_processes_train_the_run_of_one(recipe: Path, tmp_path: Path) -> None:
     """Without BatchNorm, 2 ranks of 4 crops do what 1 rank of 8 does, to float tolerance."""
     overrides = ("model.generator.norm=none", "loss.adversarial.weight=0", "train.epochs=1")
-    for name, launcher in (("one", ONE_PROCESS), ("two", TWO_PROCESSES)):
-        done = launch(
-            launcher,
-            "launch/train.py",
-            "--config",
-            recipe,
-            f"run.name={name}",
-            "train.warmup_images=0",
-            *overrides,
-        )
+    for number, name in ((1, "one"), (2, "two")):
+        words = ("--config", recipe, f"run.name={name}", "train.warmup_images=0")
+        done = run_ranks(number, "launch/train.py", *words, *overrides)
         assert done.returncode == 0, done.stderr
         assert {"one": "1 process on cpu", "two": "2 processes on cpu"}[name] in done.stderr
         assert done.stdout.count("PSNR dB") == 1, "rank 0 alone speaks"
