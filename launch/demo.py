@@ -75,10 +75,7 @@ def main() -> None:
             if getattr(arguments, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option}: expected 1 or more, found {getattr(arguments, name)}")
-        if arguments.tile < tiles.SMALLEST_SIDE:
-            raise UserError(
-                f"--tile: expected {tiles.SMALLEST_SIDE} or more, found {arguments.tile}"
-            )
+        tiles.check(arguments.tile)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         # gradio asks its own page whether it is there: no proxy is to stand in between.
         for name in ("no_proxy", "NO_PROXY"):

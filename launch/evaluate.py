@@ -109,10 +109,7 @@ def main() -> None:
             raise UserError(f"--scale: expected 2 or more, found {scale}")
         if arguments.bits is not None and not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
-        if arguments.tile < tiles.SMALLEST_SIDE:
-            raise UserError(
-                f"--tile: expected {tiles.SMALLEST_SIDE} or more, found {arguments.tile}"
-            )
+        tiles.check(arguments.tile)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = {path: generators.load(path) for path in arguments.checkpoint}
         for path, (_, description) in loaded.items():

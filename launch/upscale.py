@@ -77,10 +77,7 @@ def main() -> None:
 
         if arguments.bits is not None and not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")
-        if arguments.tile < tiles.SMALLEST_SIDE:
-            raise UserError(
-                f"--tile: expected {tiles.SMALLEST_SIDE} or more, found {arguments.tile}"
-            )
+        tiles.check(arguments.tile)
         if arguments.output.suffix.lower() in images.SUFFIXES and not arguments.output.is_dir():
             raise UserError(
                 f"--output: expected a folder, found {arguments.output}; results are called as "

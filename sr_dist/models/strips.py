@@ -15,9 +15,9 @@ _AT_ONCE = 2**15  # LR pixels
 def extract(generator: nn.Module, lr: Tensor) -> Tensor:
     """What `generator.extract(lr)` returns in evaluation mode, up to rounding; without gradients.
 
-    `lr`: (1, channels, H, W). Three tensors as large as the features are held, and small ones. As
-    it comes there are five, and each of a hundred new: their memory is no more than these need if
-    the system takes back and clears it each time, which on a CPU takes a third of all time.
+    `lr`: (1, channels, H, W). Three tensors as large as the features are held, and small ones.
+    `generator.extract` holds five, each of a hundred new: either the system clears their memory
+    each time, which took a CPU a third of its time, or more is kept than five need.
     """
     if lr.shape[2] * lr.shape[3] <= _AT_ONCE:
         return generator.extract(lr)  # type: ignore[operator,no-any-return]
@@ -34,7 +34,7 @@ def extract(generator: nn.Module, lr: Tensor) -> Tensor:
 def _in_strips(module: nn.Module, reach: int, x: Tensor, out: Tensor | None = None) -> Tensor:
     """`module(x)`, in `out` if given: each strip is computed with the rows that it depends on."""
     _, _, height, width = x.shape
-    strips = -(-height * width // _AT_ONCE)
+    strips = min(height, -(-height * width // _AT_ONCE))
     edges = [height * strip // strips for strip in range(strips + 1)]
     for top, bottom in zip(edges, edges[1:], strict=False):
         above = max(0, top - reach)
