@@ -249,7 +249,7 @@ class Watch:
             return [0]
 
     def _tell_quiet(self) -> None:
-        """Rank 0 names those that are gone, once, when another finds that something went wrong.
+        """Rank 0 names those that are gone, if any, when another finds that something went wrong.
 
         Its loop may not find that out before all the others have left: it may wait for them, and
         not for the one that is gone.
@@ -259,7 +259,10 @@ class Watch:
             return
         if self.trouble is None:
             self.trouble = self._now()
-        if self._now() - self.trouble >= _SILENT and (quiet := self._quiet()):
+        # Whose end is the trouble has been silent since. Once for all: those to whom something
+        # else happened end too, and are then as silent.
+        age, quiet = self._now() - self.trouble, self._quiet()
+        if age >= 1.5 * _SILENT or (quiet and age >= _SILENT):
             self.store.set("quiet", " ".join(map(str, quiet)))
             self.told_quiet = True
 

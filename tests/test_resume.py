@@ -448,6 +448,7 @@ def test_a_folder_that_may_not_be_written_to_any_more_stops_the_run(
     ) as running:
         wait_for_step(running, 8)
         while not (checkpoints / "step-00000008").exists():  # it is written beside the next steps
+            assert running.poll() is None
             time.sleep(0.01)
         checkpoints.chmod(0o555)
         said = running.communicate(timeout=60)[1]

@@ -307,6 +307,32 @@ def test_a_silent_rank_is_named_by_all_others(monkeypatch: pytest.MonkeyPatch) -
     assert said == dict.fromkeys((0, 1), "no sign of life from rank 2 for 0 s")
 
 
+def test_one_that_ended_by_an_error_of_its_own_is_not_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever has an error of its own later on, when that one is silent, tells of its own."""
+    monkeypatch.setattr(watch, "_PERIOD", 0.05)
+    monkeypatch.setattr(watch, "_SILENT", 0.6)
+    store, found = Kept(), {}
+
+    def live(rank: int) -> None:
+        with watch.Watch(rank, 2, store, timeout=60, launcher_keeps_store=True) as held:
+            time.sleep(0.3)
+            if rank == 0:
+                left.wait(20)
+                time.sleep(0.2)
+            found[rank] = held.missing()
+        left.set()
+
+    left = threading.Event()
+    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == {0: [], 1: []}
+
+
 def test_a_rank_that_is_gone_is_named_by_whoever_finds_out_first_and_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

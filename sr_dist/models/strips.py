@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sr_dist.models import layers
 
 _AT_ONCE = 2**15  # LR pixels
+_FEWEST = 16  # rows; each block computes up to four more
 
 
 def extract(generator: nn.Module, lr: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def extract(generator: nn.Module, lr: Tensor) -> Tensor:
 def _in_strips(module: nn.Module, reach: int, x: Tensor, out: Tensor | None = None) -> Tensor:
     """`module(x)`, in `out` if given: each strip is computed with the rows that it depends on."""
     _, _, height, width = x.shape
-    strips = min(height, -(-height * width // _AT_ONCE))
+    strips = max(1, min(height // _FEWEST, -(-height * width // _AT_ONCE)))
     edges = [height * strip // strips for strip in range(strips + 1)]
     for top, bottom in zip(edges, edges[1:], strict=False):
         above = max(0, top - reach)
