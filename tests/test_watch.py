@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -307,6 +308,15 @@ def test_a_silent_rank_is_named_by_all_others(monkeypatch: pytest.MonkeyPatch) -
     assert said == dict.fromkeys((0, 1), "no sign of life from rank 2 for 0 s")
 
 
+def all_together(live: Callable[[int], None], ranks: int) -> None:
+    """`live` of each rank, in a thread of its own, to the end."""
+    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+
+
 def test_one_that_ended_by_an_error_of_its_own_is_not_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -325,11 +335,7 @@ def test_one_that_ended_by_an_error_of_its_own_is_not_named(
         left.set()
 
     left = threading.Event()
-    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    all_together(live, 2)
     assert found == {0: [], 1: []}
 
 
@@ -358,9 +364,5 @@ def test_a_rank_that_is_gone_is_named_by_whoever_finds_out_first_and_last(
         if rank == 1:
             left.set()
 
-    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+    all_together(live, 3)
     assert found == {0: [2], 1: [2]}
