@@ -25,7 +25,7 @@ data      crops/s of the loader, with one worker, from photographs of 1024x1024.
           the original scripts' loader, which decodes the whole picture for every crop.
 upscale   pictures/s of enlarging 256x256 to 1024x1024 and a 1920x1080 frame to 3840x2160. The
           reference is the generator as it was published, or its trace. Peak memory at 4K and 8K.
-          bf16 where the machine computes in it.
+          bf16 where the machine computes in it, and the PSNR that each reaches.
 scaling   pictures/s of two processes with one thread each against one, for both heads of the
           discriminator.
 curve     dB on pictures never trained on against minutes, of a recipe and of the original scripts'

@@ -18,7 +18,8 @@ from sr_dist.distributed import joined
 SIDE = 1024  # of the photographs
 _KINDS = {"png": "png", "jpeg": "jpg"}  # of the sources, and their files' ending
 _PER_DECODE = (4, 1)
-_TURN = {"ours": 100, "reference": 4}  # batches
+_BATCHES = 100  # a turn of ours has as many at least
+_BATCHES_OF_REFERENCE = 4
 _AHEAD = 6  # batches that a worker may have ready when its turn comes; they are not timed
 _TRAINED = 40  # steps in which waiting for data is measured
 
@@ -37,9 +38,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             index = shards.read_index(str(target))
             reference = _endless(lambda paths=paths: _original(paths, arguments))
             for per_decode in _PER_DECODE:
-                ours = _endless(lambda index=index, n=per_decode: _ours(index, n, arguments))
-                timings = _take_turns({"ours": ours, "reference": reference}, arguments)
-                cases[f"{kind}, {per_decode} crop(s) a decode"] = timings
+                source = _source(index, per_decode, arguments)
+                # Whole epochs, which begin with tiles to decode and end with crops of those kept.
+                epoch = source.plan.steps_per_epoch
+                ours = loading.batches(source, num_workers=1, pin_memory=False)
+                cases[f"{kind}, {per_decode} crop(s) a decode"] = _take_turns(
+                    (ours, -(-_BATCHES // epoch) * epoch),
+                    (reference, _BATCHES_OF_REFERENCE),
+                    arguments,
+                )
             share = _waiting(index, arguments)
     return {
         **measuring.summary("data", cases, "crops/s", more_is_better=True),
@@ -66,10 +73,10 @@ def _write_photographs(folder: Path, given: Path | None, kind: str, ending: str)
     return paths
 
 
-def _ours(
+def _source(
     index: shards.Index, crops_per_image: int, arguments: argparse.Namespace
-) -> Iterator[object]:
-    source = memory.crops(
+) -> stream.CropStream:
+    return memory.crops(
         index,
         batch_size=arguments.batch_size,
         crop_size=arguments.crop_size,
@@ -77,7 +84,6 @@ def _ours(
         crops_per_image=crops_per_image,
         steps=10**9,
     )
-    return loading.batches(source, num_workers=1, pin_memory=False)
 
 
 def _original(paths: list[Path], arguments: argparse.Namespace) -> Iterator[object]:
@@ -99,20 +105,25 @@ def _endless(make: Callable[[], Iterator[object]]) -> Iterator[object]:
 
 
 def _take_turns(
-    loaders: dict[str, Iterator[object]], arguments: argparse.Namespace
+    ours: tuple[Iterator[object], int],
+    reference: tuple[Iterator[object], int],
+    arguments: argparse.Namespace,
 ) -> tuple[list[float], list[float]]:
-    """Crops/s of each: what a worker made ready while the other had its turn is taken off first."""
-    found: dict[str, list[float]] = {name: [] for name in loaders}
+    """Crops/s of two loaders, in turns of so many batches.
+
+    What a worker made ready while the other had its turn is taken off first.
+    """
+    found: tuple[list[float], list[float]] = [], []
     for _ in range(arguments.repetitions):
-        for name, loader in loaders.items():
+        for rates, (loader, batches) in zip(found, (ours, reference), strict=True):
             for _ in itertools.islice(loader, _AHEAD):
                 pass
             began = time.perf_counter()
-            for _ in itertools.islice(loader, _TURN[name]):
+            for _ in itertools.islice(loader, batches):
                 pass
             seconds = time.perf_counter() - began
-            found[name].append(_TURN[name] * arguments.batch_size / seconds)
-    return found["ours"], found["reference"]
+            rates.append(batches * arguments.batch_size / seconds)
+    return found
 
 
 def _waiting(index: shards.Index, arguments: argparse.Namespace) -> float:
@@ -121,7 +132,8 @@ def _waiting(index: shards.Index, arguments: argparse.Namespace) -> float:
         objective = gan.build_objective(**step.LOSSES, device=processes.device)
         networks = step.build_networks(processes, arguments.scale)
         run = step.our_step(processes, networks, objective)
-        batches = _ours(index, 4, arguments)
+        source = _source(index, 4, arguments)
+        batches = loading.batches(source, num_workers=1, pin_memory=False)
         waited = 0.0
         for number in range(2 + _TRAINED):
             if number == 2:
