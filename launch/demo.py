@@ -75,6 +75,8 @@ def main() -> None:
             if getattr(arguments, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option}: expected 1 or more, found {getattr(arguments, name)}")
+        if not 1 <= arguments.port <= 65535:
+            raise UserError(f"--port: expected 1 to 65535, found {arguments.port}")
         tiles.check(arguments.tile)
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         # gradio asks its own page whether it is there: no proxy is to stand in between.
@@ -99,10 +101,10 @@ def main() -> None:
                     quiet=True,
                     prevent_thread_lock=True,
                 )
-            except OSError as error:
+            except OSError:  # whose text names options of gradio's
                 raise UserError(
-                    f"cannot listen at {arguments.host}, port {arguments.port}: {error}; choose "
-                    "another --port"
+                    f"cannot listen at {arguments.host}, port {arguments.port}: the port is taken, "
+                    "or the host is not this machine; choose another --port or --host"
                 ) from None
             print(f"open {page.local_url}   (Ctrl-C ends it)", flush=True)
             page.block_thread()

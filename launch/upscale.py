@@ -14,10 +14,11 @@ examples:
   python launch/upscale.py --input photo.jpg holiday/ --output out/
   python launch/upscale.py --checkpoint runs/quickstart --input photo.jpg --output out/
 
-Each picture becomes NAME.png in the output folder; folders keep their structure. Gray stays gray,
-and alpha stays; results have 8 bits a channel, and replace those of before. What lies in an output
-folder inside an input one is not enlarged again. A picture that cannot be used is reported at the
-end (exit status 2); the others are done all the same.
+Each picture becomes NAME.png in the output folder (NAME.jpg.png and NAME.webp.png where two would
+be one); folders keep their structure. Gray stays gray, and alpha stays; results have 8 bits a
+channel, and replace those of before. What lies in an output folder inside an input one is not
+enlarged again. A picture that cannot be used is reported at the end (exit status 2); the others are
+done all the same.
 """
 
 
@@ -45,15 +46,16 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=tiles.SIDE,
         metavar="N",
-        help="side of the tiles that bound the memory, pixels of the input (default %(default)s)",
+        help="side of the tiles that bound the memory, pixels of the input (default %(default)s; "
+        f"{tiles.SMALLEST_SIDE} at least)",
     )
     parser.add_argument(
         "--engine",
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="what computes: bf16 is faster where the processor has it, and rounds more; auto "
-        "(default) tries both on the first picture where it has, and takes bf16 if that is faster "
-        "and within 45 dB of fp32",
+        "(default) tries both on the first picture where it has, which takes some seconds, and "
+        "takes bf16 if that is faster and within 45 dB of fp32",
     )
     parser.add_argument(
         "--bits",
@@ -121,6 +123,8 @@ def main() -> None:
                 continue
             replaced += (arguments.output / target).exists()
             images.save(result, arguments.output / target, images.colour_profile(path))
+        for line in dataset.passed_over(arguments.input, arguments.output):
+            print(line)
         again = f", of which {replaced} replaced what was there" if replaced else ""
         print(f"{len(pictures) - len(rejects)} picture(s) in {arguments.output}{again}")
         if rejects:

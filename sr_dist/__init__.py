@@ -21,8 +21,8 @@ def load(path_or_repo: str | Path, revision: str | None = None) -> nn.Module:
     checkpoints, a `.pth.tar` in the published format, an exported folder or `.safetensors` file, or
     a Hugging Face repository (`owner/name`; `revision` is its branch, tag or commit).
 
-    `lr`: (N, C, H, W) float32 in [0, 1], RGB or gray; `sr`: (N, C, sH, sW), nominally in [0, 1],
-    s being the generator's `scale`.
+    `lr`: (N, C, H, W) float32 in [0, 1], RGB or gray; `sr`: (N, C, sH, sW), s being the
+    generator's `scale`, nominally in [0, 1]: clamp it before pictures are made of it.
 
     Raises:
         sr_dist.errors.UserError: there is no generator, or its weights do not fit.

@@ -25,7 +25,7 @@ def precisions() -> Iterator[str]:
     on_gpu = torch.cuda.is_available()
     fast = machine.has_bf16(torch.device("cuda" if on_gpu else "cpu"))
     yield "no (fp32)"
-    yield "bf16" if fast else "bf16 (emulated here, many times slower)"
+    yield "bf16" if fast else "bf16 (emulated here, slower than fp32)"
     if on_gpu:
         yield "fp16"
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,13 @@ def find_pictures(
         else:
             raise UserError(f"{given} does not exist; expected a folder of pictures or a picture")
     return list({(path.resolve(), target): (path, target) for path, target in found}.values())
+
+
+def passed_over(inputs: Sequence[Path], output: Path) -> Iterator[str]:
+    """A line for each input folder with files that are named as no picture is."""
+    for given in inputs:
+        if others := images.other_files(given, apart_from=output):
+            yield f"{given}: not looked at, by the endings of their names: {others}"
 
 
 def png_targets(relatives: Sequence[Path]) -> list[Path]:

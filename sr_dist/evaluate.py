@@ -195,7 +195,8 @@ def check(data: str, *, reading: storage.Settings = storage.DEFAULT, **options: 
     if len(problems) == 1:
         raise UserError(f"{data}: {problems[0]}; take it out")
     if problems:
-        many = f"{len(problems)} of {pictures} pictures cannot be measured; take them out"
+        remedy = "mend what is given" if len(problems) == pictures else "take them out"
+        many = f"{len(problems)} of {pictures} pictures cannot be measured; {remedy}"
         more = [f"… and {len(problems) - _LISTED} more"] * (len(problems) > _LISTED)
         raise UserError("\n  ".join([f"{data}: {many}:", *problems[:_LISTED], *more]))
     return Checked(pictures, pixels, deep, digest.hexdigest())

@@ -397,7 +397,11 @@ def _open(source: bytes | Path) -> Image.Image:
             raise PictureError(f"cannot be read: {error.strerror}") from error
         # Pillow names the file, or an object in memory; the caller knows better what it is.
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "of no known format, or its header is damaged" if unknown else str(error)
+        reason = (
+            f"of no known format ({', '.join(FORMATS)}), or its header is damaged"
+            if unknown
+            else str(error)
+        )
         raise PictureError(f"is no picture: {reason}") from error
     if frames > 1 and image.format != "MPO":
         raise PictureError(f"has {frames} frames or pages; one is expected")

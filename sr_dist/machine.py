@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import resource
 import subprocess
 import sys
@@ -29,13 +30,18 @@ def megabytes_in_use() -> dict[str, float]:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether `device` computes in bf16; those that do not emulate it, many times slower."""
+    """Whether `device` computes in bf16; those that do not emulate it, slower than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    # Which also says so of x86 processors with AVX-512 alone.
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return not x86 or any(getattr(torch.cpu, name, lambda: True)() for name in asked)
 
 
 def commit() -> str | None:

@@ -70,8 +70,8 @@ def write(description: Mapping[str, Any], parameters: int, facts: Facts) -> str:
         "import sr_dist",
         "",
         f"model = sr_dist.load({json.dumps(facts.title)})  # this folder, or owner/name",
-        f"sr = model(lr)  # (N, {channels}, H, W) float32 in [0, 1] to (N, {channels}, {scale}H, "
-        f"{scale}W)",
+        f"sr = model(lr).clamp(0, 1)  # (N, {channels}, H, W) float32 in [0, 1] to (N, {channels}, "
+        f"{scale}H, {scale}W)",
         "```",
         "",
         *_architecture(description),

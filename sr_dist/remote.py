@@ -337,9 +337,7 @@ def _options(address: str, settings: Settings, whole: bool) -> dict[str, Any]:
         try:
             import aiohttp
         except ImportError:
-            raise UserError(
-                f"cannot open {address}: aiohttp is not installed: pip install 'sr_dist[remote]'"
-            ) from None
+            raise ImportError("aiohttp is not installed: pip install 'sr_dist[remote]'") from None
         timeout = aiohttp.ClientTimeout(
             total=None if whole else _SLOWEST * settings.timeout,
             sock_connect=settings.timeout,

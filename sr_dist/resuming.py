@@ -226,6 +226,7 @@ def meta_of(
         },
         "metrics": metrics_of,
         "world_size": processes.world_size,
+        "mixed_precision": processes.mixed_precision,
         "versions": {
             "sr_dist": __version__,
             "torch": torch.__version__,

@@ -36,13 +36,16 @@ def fastest(
     """Which of `ENGINES` is fastest here, and a sentence that says why.
 
     bf16 is chosen only where the device has it, and its result is near that of fp32, on the middle
-    of `picture`, of any number of channels. `channels`: the generator's.
+    of `picture`, of any size and number of channels. `channels`: the generator's.
     """
     if not machine.has_bf16(next(generator.parameters()).device):
         return "fp32", "fp32: this machine does not compute in bf16"
     height, width, _ = picture.shape
     top, left = max(0, (height - _PROBE) // 2), max(0, (width - _PROBE) // 2)
     probe = picture[top : top + _PROBE, left : left + _PROBE, :channels]
+    # A small one goes on as its mirror image, since what comes after it may be larger.
+    missing = [(0, _PROBE - side) for side in probe.shape[:2]]
+    probe = np.pad(probe, [*missing, (0, 0)], mode="symmetric")
     if probe.shape[2] < channels:
         probe = np.repeat(probe, channels, axis=2)
     seconds, results = {}, {}

@@ -36,6 +36,16 @@ def test_step_prints_one_json_object_last() -> None:
     assert result["config"]["batch_size"] == 2 and result["versions"]["torch"]
 
 
+def test_flops_are_counted_of_each_group() -> None:
+    """Six channels by themselves, 3x3, 10x10 pixels: multiplications and additions, both ways."""
+    network, x = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6), torch.rand(2, 6, 10, 10)
+    forward = 2 * 2 * 6 * 100 * 9
+    assert step.count_flops(lambda: network(x)) == forward
+    assert step.count_flops(lambda: network(x).sum().backward()) == 2 * forward
+    x.requires_grad_(True)
+    assert step.count_flops(lambda: network(x).sum().backward()) == 3 * forward
+
+
 def test_memory_is_flat() -> None:
     done = succeed("tools/benchmark.py", "memory", "--samples", 4000)
     result = json.loads(done.stdout.splitlines()[-1])

@@ -148,7 +148,9 @@ def test_upscale_takes_the_bits_that_the_model_was_trained_with(
     found = images.decode(tmp_path / "out" / "deep.png", 1)
     assert np.array_equal(found, images.decode(tmp_path / "out" / "8.png", 1))
     (tmp_path / "out" / "8.png").unlink()
+    (tmp_path / "in" / "clip.mp4").touch()
     done = succeed(*command, tmp_path / "out", "--input", tmp_path / "in", tmp_path / "8.png")
+    assert "in: not looked at, by the endings of their names: 1 .mp4\n" in done.stdout
     assert "2 picture(s) in" in done.stdout and ", of which 1 replaced what was" in done.stdout
     assert found.max() > 100
 

@@ -106,6 +106,9 @@ def test_a_picture_is_enlarged_compared_and_downloaded(
 def test_what_the_demo_refuses(models: list[Path]) -> None:
     assert "--tile: expected 64 or more" in refuse("launch/demo.py", "--tile", 3)
     assert "nowhere does not exist" in refuse("launch/demo.py", "--checkpoint", "nowhere")
+    for port in (0, 65536):
+        message = refuse("launch/demo.py", "--checkpoint", models[0], "--port", port)
+        assert f"--port: expected 1 to 65535, found {port}" in message
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -283,6 +283,13 @@ def test_command_refuses(photographs: Path, published: Path, tmp_path: Path) -> 
     )
     assert "2 of 3 pictures cannot be measured; take them out:\n  b.png is no picture" in message
     assert "\n  c.png is 99x9 pixels" in message
+    images.save(np.zeros((99, 9, 3), np.uint8), bad / "b.png")
+    (bad / "a.png").unlink()
+    message = refuse(
+        *("launch/evaluate.py", "--data", bad, "--output", output, "--method", "bicubic"),
+        *("--scale", 4),
+    )
+    assert "2 of 2 pictures cannot be measured; mend what is given:\n" in message
     assert "give --scale" in refuse(*common, "--method", "bicubic")
     assert not output.exists()
 

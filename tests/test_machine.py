@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from sr_dist import machine
 from tests.helpers import REPOSITORY, succeed
@@ -22,6 +24,24 @@ held = machine.megabytes_in_use()["resident"] - before
 del blocks
 print(kept, held, machine.megabytes_in_use()["resident"] - before)
 """
+
+
+@pytest.mark.parametrize(
+    ("processor", "bf16", "amx", "has"),
+    [
+        *(("x86_64", False, False, False), ("x86_64", True, False, True)),
+        *(("AMD64", False, True, True), ("aarch64", False, False, True)),
+    ],
+)
+def test_avx_512_alone_is_not_bf16(
+    processor: str, bf16: bool, amx: bool, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN says it computes in bf16 on those too, and takes twice as long as in fp32."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(platform, "machine", lambda: processor)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert machine.has_bf16(torch.device("cpu")) == has
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")

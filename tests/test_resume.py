@@ -33,7 +33,7 @@ from sr_dist import (
 )
 from sr_dist.errors import Stopped, UserError, exit_on_user_error
 from sr_dist.models import folding
-from tests.helpers import popen, run_ranks
+from tests.helpers import popen, run_ranks, succeed
 from tests.runs import (
     SLOW_STEPS,
     assert_same_run,
@@ -500,6 +500,10 @@ def test_two_processes_go_on_as_one_and_the_other_way_round(recipe: Path, tmp_pa
         done = run_ranks(number, *words, f"train.epochs={epochs}")
         assert done.returncode == 0, done.stderr
     assert "changed since its last start: the number of processes was 1, is 2" in done.stderr
+    assert "mixed precision was" not in done.stderr
+    launcher = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = succeed(*words, "train.epochs=4", "--dry-run", **launcher)
+    assert "changed since its last start: mixed precision was no, is bf16" in done.stderr
     assert [row["Epoch"] for row in rows(tmp_path / "runs/small")] == ["1", "2", "3"]
     assert saved(tmp_path / "runs/small")[1]["world_size"] == 2
 

@@ -396,7 +396,8 @@ def test_pictures_that_cannot_be_used_are_told_and_indexed_all_the_same(
     index = shards.read_index(str(target))
     assert (index.samples, index.smallest_side) == (4, 400)
     assert [problem.partition("a.tar: ")[2] for problem in unusable] == [
-        "sample 1 is no picture: of no known format, or its header is damaged",
+        "sample 1 is no picture: of no known format (BMP, JPEG, PNG, TIFF, WEBP), or its header is "
+        "damaged",
         "sample 2 is 300x90 pixels; expected 96 on a side",
         "sample 3 has several pictures (a.png, b.png), and nothing says which one to take",
     ]

@@ -124,18 +124,40 @@ def test_memory_is_that_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["swift_srgan", "srgan"])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("height", "width"), [(21, 34), (3, 60), (64, 1), (40, 90)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("height", "width", "at_once", "number"),
+    [
+        *((21, 34, 5 * 34, 5), (64, 1, 5, 13), (40, 90, 5 * 90, 8)),
+        (40, 30, 30, 10),  # no strip of fewer than four rows
+        (3, 60, 60, 1),
+    ],
+)
 def test_features_in_strips_are_those_of_the_whole(
-    name: str, channels: int, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    channels: int,
+    height: int,
+    width: int,
+    at_once: int,
+    number: int,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = generator(channels, name=name)
-    lr = torch.rand(1, channels, height, width)
-    with torch.inference_mode():
+    lr, seen = torch.rand(1, channels, height, width), []
+    in_bf16 = precision == "bf16"
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
         whole = network.extract(lr)  # type: ignore[operator]
-        monkeypatch.setattr(strips, "_AT_ONCE", 5 * width)
+        monkeypatch.setattr(strips, "_AT_ONCE", at_once)
         monkeypatch.setattr(strips, "_FEWEST", 4)
+        network.initial.register_forward_hook(  # type: ignore[union-attr]
+            lambda module, given, out: seen.append(1)
+        )
         in_strips = strips.extract(network, lr)
-    torch.testing.assert_close(in_strips, whole, rtol=0, atol=1e-6)
+    assert len(seen) == number and in_strips.dtype == whole.dtype
+    # A rounding of bf16 is an eighth of a percent, of sums of eight terms.
+    near = 0.01 * float(whole.abs().max()) if in_bf16 else 1e-6
+    torch.testing.assert_close(in_strips, whole, rtol=0, atol=near)
     assert float(whole.std()) > 0.01
 
 
@@ -167,6 +189,12 @@ def test_the_fastest_engine_is_near(
     offsets["bf16"] = 2  # 42 dB
     chosen, why = upscale.fastest(generator(), picture, scale=4, channels=3)
     assert chosen == "fp32" and "42.1 dB" in why
+    seen = []
+    monkeypatch.setattr(
+        upscale, "upscale", lambda g, lr, **o: seen.append(lr.shape) or real(g, lr, **o)
+    )
+    upscale.fastest(generator(), picture[:2, :3], scale=4, channels=3)
+    assert set(seen) == {(128, 128, 3)}, "a thumbnail decides for those after it too"
 
 
 def test_bf16_is_not_tried_where_it_is_emulated(

@@ -158,19 +158,12 @@ def collect(arguments: argparse.Namespace) -> None:
     for path, reason in result.rejects:
         print(f"left out: {path} {reason}")
     if arguments.source == "folder":
-        say_what_was_passed_over(arguments.input, arguments.output)
+        for line in dataset.passed_over(arguments.input, arguments.output):
+            print(line)
     print(
         f"{arguments.output}: {result.copied} copied, {result.present} there already, "
         f"{result.duplicates} duplicate(s) dropped, {len(result.rejects)} left out"
     )
-
-
-def say_what_was_passed_over(inputs: list[Path], output: Path) -> None:
-    from sr_dist import images
-
-    for folder in inputs:
-        if others := images.other_files(folder, apart_from=output):
-            print(f"{folder}: not looked at, by the endings of their names: {others}")
 
 
 def download(arguments: argparse.Namespace) -> None:

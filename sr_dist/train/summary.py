@@ -52,8 +52,8 @@ def say(
     )
     if processes.mixed_precision == "bf16" and not machine.has_bf16(processes.device):
         log.warning(
-            "train.mixed_precision bf16: this machine does not compute in it and emulates it, many "
-            "times slower than no (fp32)"
+            "train.mixed_precision bf16: this machine does not compute in it and emulates it, which is "
+            "slower than no (fp32)"
         )
     for setting in _without_effect(config, course.total_images):
         log.warning("without effect: %s", setting)
@@ -74,6 +74,9 @@ def say(
     ranks = start.meta.get("world_size", processes.world_size)
     if ranks != processes.world_size:
         changes.append(f"the number of processes was {ranks}, is {processes.world_size}")
+    precision = start.meta.get("mixed_precision", processes.mixed_precision)
+    if precision != processes.mixed_precision:  # which the launcher may have been told
+        changes.append(f"mixed precision was {precision}, is {processes.mixed_precision}")
     for change in changes:
         log.info("changed since its last start: %s", change)
     return changes

@@ -25,7 +25,7 @@ _TRAINED = 40  # steps in which waiting for data is measured
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    cases = {}
+    cases, shares = {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind, ending in _KINDS.items():
@@ -47,10 +47,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
                     (reference, _BATCHES_OF_REFERENCE),
                     arguments,
                 )
-            share = _waiting(index, arguments)
+            shares[kind] = round(_waiting(index, arguments), 4)
     return {
         **measuring.summary("data", cases, "crops/s", more_is_better=True),
-        "wait_share_of_a_training_step": round(share, 4),
+        "wait_share_of_a_training_step": shares,
         "config": {
             "photographs": len(paths),
             "side": SIDE,
@@ -114,7 +114,7 @@ def _take_turns(
     What a worker made ready while the other had its turn is taken off first.
     """
     found: tuple[list[float], list[float]] = [], []
-    for _ in range(arguments.repetitions):
+    for turn in range(1 + arguments.repetitions):  # the first is a warm-up
         for rates, (loader, batches) in zip(found, (ours, reference), strict=True):
             for _ in itertools.islice(loader, _AHEAD):
                 pass
@@ -122,7 +122,8 @@ def _take_turns(
             for _ in itertools.islice(loader, batches):
                 pass
             seconds = time.perf_counter() - began
-            rates.append(batches * arguments.batch_size / seconds)
+            if turn:
+                rates.append(batches * arguments.batch_size / seconds)
     return found
 
 

@@ -6,9 +6,11 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ LOSSES = dataclasses.asdict(
         total_variation=config.TotalVariation(kind="l2"),
     )
 )
+_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATRIX = 1536  # side of the matrices whose product shows what the machine can do
 
 
@@ -106,12 +109,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     result = measuring.summary("step", cases, "images/s", more_is_better=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with ours(sizes) as run:
-        with FlopCounterMode(display=False) as counter:
-            run()
+        flops = count_flops(run)
         if arguments.profile:
             print_profile(run, device)
-    per_image = counter.get_total_flops() / batch_size
-    achieved, possible = per_image * float(str(result["ours"])), matmul_flops(device)
+    per_image = flops / batch_size
+    precision = _PRECISIONS[arguments.mixed_precision]
+    achieved, possible = per_image * float(str(result["ours"])), matmul_flops(device, precision)
     return {
         **result,
         "gflop_per_image": round(per_image / 1e9, 3),
@@ -132,9 +135,26 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def matmul_flops(device: torch.device) -> float:
-    """FLOP/s of a product of two fp32 matrices, the best of several."""
-    a, b = (torch.rand(_MATRIX, _MATRIX, device=device) for _ in range(2))
+def count_flops(run: Callable[[], object]) -> int:
+    """Of the matrix products and convolutions of `run`."""
+    # torch's own formula takes the weight's gradient of a grouped convolution for a whole one's.
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _convolution_backward_flops(
+    gradient: Sequence[int], _x: Sequence[int], weight: Sequence[int], *others: Any, **_: Any
+) -> int:
+    """From shapes, as those of `FlopCounterMode`: each gradient costs what the forward does."""
+    *_, wanted = others  # input, weight, bias
+    return 2 * math.prod(gradient) * math.prod(weight[1:]) * sum(wanted[:2])
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two matrices, the best of several."""
+    a, b = (torch.rand(_MATRIX, _MATRIX, device=device).to(dtype) for _ in range(2))
     synchronize = measuring.synchronizer(device)
     seconds = []
     for _ in range(8):
