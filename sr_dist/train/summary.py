@@ -52,7 +52,7 @@ def say(
     )
     if processes.mixed_precision == "bf16" and not machine.has_bf16(processes.device):
         log.warning(
-            "train.mixed_precision bf16: this machine does not compute in it and emulates it, which is "
+            "train.mixed_precision bf16: this machine does not compute in it and emulates it, "
             "slower than no (fp32)"
         )
     for setting in _without_effect(config, course.total_images):
