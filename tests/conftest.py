@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,10 @@ from tests.helpers import SHARED
 
 # More threads than idle cores wait for each other at every layer; the networks here are tiny.
 torch.set_num_threads(1)
+
+# How long an example takes says nothing beside other tests.
+hypothesis.settings.register_profile("sr_dist", deadline=None)
+hypothesis.settings.load_profile("sr_dist")
 
 # A shell's background jobs ignore SIGINT, and would hand that on to what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
