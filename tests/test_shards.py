@@ -29,7 +29,7 @@ plans = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, st.integers(0, 3))
 def test_an_epoch_holds_every_sample_once_but_for_a_part_of_a_batch(
     plan: shards.Plan, epoch: int
@@ -48,7 +48,7 @@ def test_an_epoch_holds_every_sample_once_but_for_a_part_of_a_batch(
     assert all(0 <= sample < plan.counts[shard] for shard, sample in samples)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans)
 def test_crops_of_one_sample_are_never_in_one_batch(plan: shards.Plan) -> None:
     for step in range(min(plan.steps_per_epoch, 20)):
@@ -56,7 +56,7 @@ def test_crops_of_one_sample_are_never_in_one_batch(plan: shards.Plan) -> None:
         assert len(set(rows)) == plan.global_batch_size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, st.data())
 def test_windows_from_the_middle_are_those_from_the_start(
     plan: shards.Plan, data: st.DataObject
@@ -73,7 +73,7 @@ def test_windows_from_the_middle_are_those_from_the_start(
         assert np.array_equal(a.order, b.order)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans, st.integers(0, 3))
 def test_windows_end_where_shards_do_unless_shards_are_smaller(
     plan: shards.Plan, epoch: int
@@ -93,7 +93,7 @@ def test_windows_end_where_shards_do_unless_shards_are_smaller(
         assert len(sizes) <= most + plan.cuts_at_borders * len(borders), "no smaller than needed"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 64), st.integers(1, 32), st.integers(1, 8))
 def test_rows_are_divided_among_ranks_and_workers(
     world_size: int, per_rank: int, num_workers: int
@@ -327,7 +327,7 @@ def test_an_index_that_leads_elsewhere_is_refused(sharded: Path, tmp_path: Path)
             shards.read_index(str(tmp_path))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     world_size=st.sampled_from([1, 2, 3, 8, 64, 509, 512]),
     per_rank=st.integers(1, 3),
@@ -475,7 +475,7 @@ def changed_index(folder: Path, text: bytes, data: st.DataObject) -> None:
 ONE_FOLDER = [HealthCheck.function_scoped_fixture]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=ONE_FOLDER)
+@settings(max_examples=150, suppress_health_check=ONE_FOLDER)
 @given(st.data())
 def test_an_index_of_any_bytes_is_refused_or_read(
     tmp_path: Path, sharded: Path, data: st.DataObject
@@ -484,7 +484,7 @@ def test_an_index_of_any_bytes_is_refused_or_read(
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, deadline=None, suppress_health_check=ONE_FOLDER)
+@settings(max_examples=20_000, suppress_health_check=ONE_FOLDER)
 @given(st.data())
 def test_an_index_of_any_bytes_at_length(
     tmp_path: Path, sharded: Path, data: st.DataObject

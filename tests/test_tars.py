@@ -36,7 +36,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size
 names = names.filter(lambda name: name not in (".", "..") and name == name.strip())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(names, st.binary(max_size=1500)), max_size=6),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
@@ -191,7 +191,7 @@ def test_a_member_twice_is_refused() -> None:
         list(tars.read_samples(io.BytesIO(data)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_changed_bytes_are_refused_or_read_and_nothing_else(data: st.DataObject) -> None:
     files = [("1.png", b"p" * 600), ("1.json", b'{"crc32": 1}'), ("é" * 80 + ".png", b"q")]
@@ -236,7 +236,7 @@ def pax(key: bytes, value: bytes) -> bytes:
     return b"%d" % length + rest
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(
         st.tuples(
@@ -267,7 +267,7 @@ def test_headers_that_lie_are_refused_or_read_and_nothing_else(
 
 
 @pytest.mark.slow
-@settings(max_examples=200_000, deadline=None)
+@settings(max_examples=200_000)
 @given(st.binary(max_size=4096), st.data())
 def test_any_bytes_at_length(noise: bytes, data: st.DataObject) -> None:
     """Minutes long: noise, and noise with headers whose checksums are right."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -79,7 +79,6 @@ def test_tiles_cover_the_picture_and_see_enough(
     assert math.prod(shapes.pop()) <= (side + 2 * (far + near)) ** 2
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2600), st.integers(1, 2600), st.integers(100, 600), st.integers(1, 60))
 def test_a_picture_turned_takes_the_tiles_turned(
     height: int, width: int, side: int, margin: int
