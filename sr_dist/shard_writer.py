@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from sr_dist import files, images, shard_reader, shards, storage, tars, workers
-from sr_dist.errors import GO_ON, UserError
+from sr_dist.errors import UserError
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -193,8 +193,6 @@ def _in_turn(
 def _begin_worker() -> None:
     workers.end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the pool ends them by; its owner hears it
-    # A terminal sends it to all: the owner tells of it, and no idle worker's traceback does.
-    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(GO_ON))
 
 
 @contextlib.contextmanager
