@@ -38,7 +38,8 @@ def has_bf16(device: torch.device) -> bool:
     mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not (mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    # Which also says so of x86 processors with AVX-512 alone.
+    # Which also says so of x86 processors with AVX-512 alone. A torch that cannot be asked more is
+    # believed: what is told of emulation may then be missing.
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return not x86 or any(getattr(torch.cpu, name, lambda: True)() for name in asked)
