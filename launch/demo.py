@@ -103,8 +103,9 @@ def main() -> None:
                 )
             except OSError:  # whose text names options of gradio's
                 raise UserError(
-                    f"cannot listen at {arguments.host}, port {arguments.port}: the port is taken "
-                    "or not allowed, or the host is not this machine; choose another --port or --host"
+                    f"cannot listen at {arguments.host}, port {arguments.port}: the port is "
+                    "taken or not allowed, or the host is not this machine; choose another "
+                    "--port or --host"
                 ) from None
             print(f"open {page.local_url}   (Ctrl-C ends it)", flush=True)
             page.block_thread()
