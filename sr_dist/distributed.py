@@ -10,11 +10,12 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
@@ -41,15 +42,22 @@ class Processes:
     device: torch.device
     mixed_precision: str  # no, bf16 or fp16
     watch: Watch
+    compression: str  # of gradients on their way: none or bf16
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def wrap(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, reduces: bool = True
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The module in DistributedDataParallel and autocast; the optimiser behind the scaler."""
+        """The module in DistributedDataParallel and autocast; the optimiser behind the scaler.
+
+        `reduces`: without it the module has autocast alone, and its gradients are for `average`.
+        """
+        if not reduces:
+            autocast = self.accelerator.prepare_model(module, evaluation_mode=True)
+            return autocast, self.accelerator.prepare_optimizer(optimizer)
         with warnings.catch_warnings():
             # torch 2.14 renames the option; older releases lack the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -83,6 +91,18 @@ class Processes:
         if now or self.world_size == 1:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(module)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """Make them their means over ranks, by one message, as DistributedDataParallel does."""
+        if self.world_size == 1:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        sent = flat.bfloat16() if self.compression == "bf16" else flat
+        torch.distributed.all_reduce(sent.div_(self.world_size))
+        parts = torch.split(sent, [gradient.numel() for gradient in gradients])
+        shaped = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        torch._foreach_copy_(list(gradients), shaped)
 
     def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Update what the optimiser trains, unless its gradient is not finite.
@@ -371,6 +391,7 @@ def joined(
         device=accelerator.device,
         mixed_precision=str(accelerator.mixed_precision),
         watch=watch,
+        compression=compression,
     )
     try:
         with watch:
@@ -400,3 +421,5 @@ def joined(
     finally:
         accelerator.free_memory()
         accelerator.end_training()
+        # The next ones of this interpreter may compute in another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -7,13 +7,13 @@ import dataclasses
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sr_dist import losses, models, ranks, tensors
+from sr_dist import graphs, losses, models, ranks, tensors
 from sr_dist.distributed import Processes
 
 Scalars = dict[str, Tensor]  # detached, on the device
@@ -33,13 +33,18 @@ class Objective:
     content: nn.Module | None
     content_weight: float
     adversarial: str
-    adversarial_weight: float
+    adversarial_weight: float | Tensor
     label_smoothing: float
     r1_weight: float
     total_variation: str
     total_variation_weight: float
     content_shift: int = 0
     shift: tuple[int, int] = (0, 0)  # of this step
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether that term is in; a weight that is a tensor is not looked at, and means so."""
+        return isinstance(self.adversarial_weight, Tensor) or bool(self.adversarial_weight)
 
     def at(self, images_seen: int, *, warmup_images: int, ramp_images: int) -> Objective:
         """The objective after so many images.
@@ -108,6 +113,7 @@ class Networks:
     optimizers: dict[str, torch.optim.Optimizer]  # by the name of what they train
     average: nn.Module  # of the generator; a plain copy where `half_life` is 0
     half_life: float  # images
+    recorder: graphs.Recorder | None = None  # of steps; their gradients are then averaged here
 
     @property
     def weights(self) -> dict[str, nn.Module]:
@@ -135,11 +141,13 @@ def build_networks(
     half_life: float,
     sync_batchnorm: bool = False,
     compiled: bool = False,
+    recorded: bool = False,
 ) -> Networks:
     """`generator` and `discriminator`: arguments of `models.build_…`.
 
     `optimizer`: settings of each one's AdamW. `half_life`: of the averaged generator, in images; 0
     keeps none. `sync_batchnorm`: with the statistics of all ranks. `compiled`: by torch.compile.
+    `recorded`: steps become CUDA graphs.
     """
     bare: dict[str, nn.Module] = {"generator": models.build_generator(**generator)}
     if discriminator is not None:
@@ -152,7 +160,8 @@ def build_networks(
             ranks.synchronise(module)
         _to(module, processes.device)
         if compiled:
-            module.compile()
+            # Both share code of accelerate's, and would be taken for one that varies in size.
+            module.compile(dynamic=False)
         settings = optimizer[name]
         adamw = torch.optim.AdamW(
             [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -161,9 +170,10 @@ def build_networks(
             weight_decay=settings["weight_decay"],
             fused=True,
         )
-        wrapped[name], optimizers[name] = processes.wrap(module, adamw)
-        channels = generator["channels"]
-        processes.rehearse(wrapped[name], torch.zeros(1, channels, _LEAST_SIDE, _LEAST_SIDE))
+        wrapped[name], optimizers[name] = processes.wrap(module, adamw, reduces=not recorded)
+        if not recorded:
+            channels = generator["channels"]
+            processes.rehearse(wrapped[name], torch.zeros(1, channels, _LEAST_SIDE, _LEAST_SIDE))
     return Networks(
         generator=bare["generator"],
         wrapped_generator=wrapped["generator"],
@@ -172,6 +182,7 @@ def build_networks(
         optimizers=optimizers,
         average=average,
         half_life=half_life,
+        recorder=graphs.Recorder(processes.device) if recorded else None,
     )
 
 
@@ -195,16 +206,13 @@ def training_step(
     BatchNorm's back where the step made them other than finite. An update whose gradient is not
     finite is left out, on all ranks alike; `gradient/…`, its length, tells.
     """
-    lr, hr = (_on_device(batch, processes.device) for batch in (lr, hr))
     statistics = _Statistics(networks) if keep_statistics else None
-    parts = list(zip(lr.chunk(accumulation_steps), hr.chunk(accumulation_steps), strict=True))
     scalars: Scalars = {}
-    sr = None
-    if len(parts) == 1:
-        sr = networks.wrapped_generator(lr)  # the one forward that both steps use
-    if objective.adversarial_weight:
-        scalars |= discriminator_step(processes, networks, objective, parts, sr)
-    scalars |= generator_step(processes, networks, objective, parts, sr)
+    for found in _sections(processes, networks, objective, lr, hr, accumulation_steps):
+        if networks.recorder is not None:
+            processes.average([gradient for _, gradient in found.of])
+        length = processes.step(networks.optimizers[found.network])
+        scalars |= {**found.scalars, f"gradient/{found.network}": length}
     if statistics is not None:
         statistics.mend()
     if networks.half_life:
@@ -216,6 +224,54 @@ def training_step(
             images=images,
         )
     return scalars
+
+
+def _sections(
+    processes: Processes,
+    networks: Networks,
+    objective: Objective,
+    lr: Tensor,
+    hr: Tensor,
+    accumulation_steps: int,
+) -> Iterator[graphs.Gradients]:
+    """`compute_gradients` as it is, or of a recording."""
+    recorder = networks.recorder
+    if recorder is None:
+        return compute_gradients(processes, networks, objective, lr, hr, accumulation_steps)
+    lr, hr = recorder.hold("lr", lr), recorder.hold("hr", hr)
+    if objective.is_adversarial:
+        weight = torch.full((), float(objective.adversarial_weight), device=processes.device)
+        weight = recorder.hold("adversarial weight", weight)
+        objective = dataclasses.replace(objective, adversarial_weight=weight)
+    return recorder.play(
+        (objective, lr.shape, hr.shape, accumulation_steps),
+        1 + objective.is_adversarial,
+        lambda: compute_gradients(processes, networks, objective, lr, hr, accumulation_steps),
+    )
+
+
+def compute_gradients(
+    processes: Processes,
+    networks: Networks,
+    objective: Objective,
+    lr: Tensor,
+    hr: Tensor,
+    accumulation_steps: int = 1,
+) -> Iterator[graphs.Gradients]:
+    """The gradients of a step, see `training_step`: of the discriminator, if it learns; then, when
+    that has been updated, of the generator.
+    """
+    lr, hr = (_on_device(batch, processes.device) for batch in (lr, hr))
+    parts = list(zip(lr.chunk(accumulation_steps), hr.chunk(accumulation_steps), strict=True))
+    sr = None
+    if len(parts) == 1:
+        sr = networks.wrapped_generator(lr)  # the one forward that both use
+    if objective.is_adversarial:
+        assert networks.discriminator is not None
+        scalars = discriminator_gradients(processes, networks, objective, parts, sr)
+        yield graphs.Gradients.found("discriminator", networks.discriminator, scalars)
+    scalars = generator_gradients(processes, networks, objective, parts, sr)
+    yield graphs.Gradients.found("generator", networks.generator, scalars)
 
 
 def relative_cost(
@@ -247,7 +303,7 @@ def relative_cost(
         began = time.perf_counter()
         with processes.autocast():
             sr = generator(lr)
-        if terms.adversarial_weight:
+        if terms.is_adversarial:
             assert discriminator is not None
             pictures = hr.detach().requires_grad_(bool(terms.r1_weight))
             with processes.autocast():
@@ -282,14 +338,14 @@ class _Statistics:
             buffer.copy_(torch.where(torch.isfinite(buffer).all(), buffer, before))
 
 
-def discriminator_step(
+def discriminator_gradients(
     processes: Processes,
     networks: Networks,
     objective: Objective,
     parts: Sequence[tuple[Tensor, Tensor]],
     sr: Tensor | None,
 ) -> Scalars:
-    """Update the discriminator on `parts` of (LR, HR), float in [0, 1].
+    """The discriminator's on `parts` of (LR, HR), float in [0, 1].
 
     HR and SR pass in separate batches, each with its own BatchNorm statistics, and are
     back-propagated together. `sr`: the generator's output for the only part; None computes it.
@@ -319,19 +375,19 @@ def discriminator_step(
         scalars["score/hr"] = torch.sigmoid(real.detach()).mean()
         scalars["score/sr"] = torch.sigmoid(fake.detach()).mean()
         found.append(scalars)
-    return {**_means(found), "gradient/discriminator": processes.step(optimizer)}
+    return _means(found)
 
 
-def generator_step(
+def generator_gradients(
     processes: Processes,
     networks: Networks,
     objective: Objective,
     parts: Sequence[tuple[Tensor, Tensor]],
     sr: Tensor | None,
 ) -> Scalars:
-    """Update the generator on `parts` of (LR, HR), against the frozen discriminator.
+    """The generator's on `parts` of (LR, HR), against the frozen discriminator.
 
-    `sr`: as for `discriminator_step`, with its graph.
+    `sr`: as for `discriminator_gradients`, with its graph.
     """
     generator, optimizer = networks.wrapped_generator, networks.optimizers["generator"]
     optimizer.zero_grad(set_to_none=True)
@@ -344,7 +400,7 @@ def generator_step(
             processes.backward(loss / len(parts))
         scalars = {f"loss/{name}": term.detach() for name, term in terms.items()}
         found.append({"loss/generator": loss.detach(), **scalars})
-    return {**_means(found), "gradient/generator": processes.step(optimizer)}
+    return _means(found)
 
 
 def generator_terms(
@@ -368,7 +424,7 @@ def generator_terms(
             down, right = objective.shift
             shifted = (batch[..., down:, right:] for batch in (sr, hr))
             terms["content"] = objective.content_weight * objective.content(*shifted)
-    if objective.adversarial_weight:
+    if objective.is_adversarial:
         assert discriminator is not None
         discriminator.requires_grad_(False)
         with processes.autocast():
@@ -412,10 +468,10 @@ def update_average(
     share = 1 - 0.5 ** (images / half_life)
     pairs = list(zip(average.state_dict().values(), generator.state_dict().values(), strict=True))
     floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
     torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], share)
-    for mine, theirs in pairs:
-        if not mine.is_floating_point():
-            mine.copy_(theirs)
+    if counts:
+        torch._foreach_copy_([a for a, _ in counts], [b for _, b in counts])
 
 
 def learning_rate(settings: Mapping[str, Any], images_seen: int, total_images: int) -> float:

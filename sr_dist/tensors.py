@@ -54,8 +54,18 @@ def downscale(hr: Tensor, scale: int) -> Tensor:
     assert (height * scale, width * scale) == hr.shape[-2:], "HR must be a multiple of the scale"
     if hr.device.type == "cpu":
         return F.interpolate(hr, size=(height, width), mode="bicubic", antialias=True)
-    values = F.interpolate(hr.float(), size=(height, width), mode="bicubic", antialias=True)
-    return values.clamp(0, 255).round().to(torch.uint8)  # GPUs have it of floats alone
+    return downscale_as_floats(hr, height, width)
+
+
+def downscale_as_floats(hr: Tensor, height: int, width: int) -> Tensor:
+    """`downscale` where PyTorch has it of floats alone, as on GPUs; within a level of it.
+
+    Across, then down: Pillow, and PyTorch with bytes, round to bytes in between as well.
+    """
+    for size in ((hr.shape[-2], width), (height, width)):
+        values = F.interpolate(hr.float(), size=size, mode="bicubic", antialias=True)
+        hr = values.clamp(0, 255).round().to(torch.uint8)
+    return hr
 
 
 def reduce(picture: AnyPicture, factor: int) -> AnyPicture:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sr_dist import models
-from sr_dist.models import cpu, swift_srgan
+from sr_dist.models import cpu, gpu, swift_srgan
 
 
 def pixels(*shape: int) -> Tensor:
@@ -35,6 +38,34 @@ def test_a_separable_convolution_to_few_channels(outputs: int, size: tuple[int, 
     assert len(found) == 5
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.parametrize("size", [(2, 5, 12, 10), (1, 8, 9, 31)])
+def test_a_separable_convolution_plane_by_plane(
+    size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form for GPUs: filters that PyTorch must not take for channels-last ones."""
+    torch.manual_seed(0)
+    plain = swift_srgan.SeparableConv(size[1], 3, 9).double().to(memory_format=torch.channels_last)
+    x = pixels(*size).double().requires_grad_()
+    strides, convolve = [], F.conv2d
+
+    def watched(x: Tensor, weight: Tensor, *others: Any, **more: Any) -> Tensor:
+        strides.append((x.stride(), weight.stride()))
+        return convolve(x, weight, *others, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "conv2d", watched)
+        ours = gpu.separable(x, plain.depthwise, plain.pointwise)
+    _, channels, height, width = size
+    of_x, of_weight = strides[0]
+    assert of_x == (channels * height * width, height * width, width, 1)
+    assert of_weight == (81, 81, 9, 1)
+    assert torch.allclose(ours, plain(x), rtol=1e-12, atol=1e-12)
+    expected, found = gradients(plain(x), plain, x), gradients(ours, plain, x)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-10), name
+        assert name == "x" or found[name].stride() == plain.get_parameter(name).stride()
 
 
 def test_a_convolution_that_enlarges() -> None:

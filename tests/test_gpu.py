@@ -52,14 +52,20 @@ def processes(request: pytest.FixtureRequest) -> Iterator[distributed.Processes]
         yield joined
 
 
-def build(processes: distributed.Processes, compiled: bool = False) -> gan.Networks:
+def build(
+    processes: distributed.Processes,
+    compiled: bool = False,
+    recorded: bool = False,
+    discriminator: str = "swift_srgan",
+) -> gan.Networks:
     return gan.build_networks(
         processes,
         generator={"name": "swift_srgan", "scale": 4, "channels": 3, "num_blocks": 2},
-        discriminator={"name": "swift_srgan", "channels": 3, "head": "gap"},
+        discriminator={"name": discriminator, "channels": 3, "head": "gap"},
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=100,
         compiled=compiled,
+        recorded=recorded,
     )
 
 
@@ -104,6 +110,82 @@ def test_steps_learn_without_waiting_for_the_device(processes: distributed.Proce
     assert bool(processes.scaler_state()) == fp16
 
 
+@pytest.mark.parametrize(
+    ("precision", "parts", "kind", "r1"),
+    [
+        ("no", 1, "bce", 0.0),
+        ("bf16", 1, "bce", 0.0),
+        ("no", 2, "hinge", 0.0),
+        ("no", 1, "bce", 1.0),
+    ],
+)
+def test_recorded_steps_are_the_plain_ones(
+    precision: str, parts: int, kind: str, r1: float
+) -> None:
+    """Through a warm-up and a ramp, on other pictures in each step."""
+    terms = dataclasses.asdict(
+        config.Loss(
+            content=config.Content(weights="none"),
+            adversarial=config.Adversarial(kind=kind, weight=0.1, r1_weight=r1),
+        )
+    )
+    random = torch.Generator().manual_seed(1)
+    hr = torch.randint(256, (12, 4, 3, 48, 48), generator=random, dtype=torch.uint8)
+    found = {}
+    with distributed.joined(precision, seed=0) as processes:
+        objective = gan.build_objective(**terms, device=processes.device)
+        for recorded in (False, True):
+            torch.manual_seed(0)
+            networks = build(
+                processes, recorded=recorded, discriminator="unet" if r1 else "swift_srgan"
+            )
+            gan.apply_settings(networks, {name: ADAMW for name in networks.optimizers}, 0, 1)
+            scalars = []
+            for number in range(12):
+                now = gan.training_step(
+                    processes,
+                    networks,
+                    objective.at(4 * number, warmup_images=16, ramp_images=24),
+                    tensors.downscale(hr[number], 4),
+                    hr[number],
+                    images_seen=4 * number,
+                    images=4,
+                    accumulation_steps=parts,
+                )
+                scalars.append({name: value.clone() for name, value in now.items()})
+            weights = {
+                f"{name}.{key}": value
+                for name, module in networks.weights.items()
+                for key, value in module.state_dict().items()
+            }
+            found[recorded] = scalars, weights
+            if recorded:
+                assert networks.recorder is not None
+                assert [len(its) for its in networks.recorder._recorded.values()] == [1, 2]
+    near = 0.05 if precision == "bf16" else 2e-3
+    for plain, played in zip(found[False][0], found[True][0], strict=True):
+        assert plain.keys() == played.keys()
+        for name, value in plain.items():
+            assert float(played[name]) == pytest.approx(float(value), rel=near, abs=1e-4), name
+    for name, value in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], value, rtol=near, atol=2e-3, msg=name)
+
+
+def test_played_steps_do_not_wait_for_the_device() -> None:
+    with distributed.joined("bf16", seed=0) as processes:
+        networks = build(processes, recorded=True)
+        objective = gan.build_objective(**LOSS, device=processes.device)
+        lr, hr = (x.pin_memory() for x in batch())
+        for number in range(8):
+            torch.cuda.set_sync_debug_mode("error" if number > 3 else "default")
+            try:
+                gan.training_step(
+                    processes, networks, objective, lr, hr, images_seen=4 * number, images=4
+                )
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
 def test_batches_are_copied_ahead(sharded: Path, device: torch.device) -> None:
     source = stream_of(sharded, last=12)
     expected = list(loading.batches(source, num_workers=0, pin_memory=False))
@@ -143,9 +225,12 @@ def test_compiled_networks_take_the_same_steps() -> None:
         assert losses[True] == pytest.approx(losses[False], rel=1e-2)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_run_goes_on(recipe: Path, tmp_path: Path, precision: str) -> None:
-    settings = (f"train.mixed_precision={precision}", "train.epochs=2")
+@pytest.mark.parametrize(
+    "words", ["no", "bf16", "fp16", "no train.cuda_graphs=true", "bf16 train.cuda_graphs=true"]
+)
+def test_a_run_goes_on(recipe: Path, tmp_path: Path, words: str) -> None:
+    precision, *others = words.split()
+    settings = (f"train.mixed_precision={precision}", "train.epochs=2", *others)
     train.run(load(recipe, *settings, "train.epochs=1"))
     result = train.run(load(recipe, *settings))
     assert result is not None and result.means[-1].psnr > result.means[0].psnr - 3
@@ -184,12 +269,16 @@ def test_ranks_agree_after_reducing_gradients_there() -> None:
     assert lengths[0] != lengths[1] == pytest.approx(lengths[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["single_gpu", "multi_gpu_bf16", "multi_gpu_fp16"])
-def test_the_accelerate_files_train(recipe: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "words",
+    ["single_gpu", "multi_gpu_bf16", "multi_gpu_fp16", "multi_gpu_bf16 train.cuda_graphs=true"],
+)
+def test_the_accelerate_files_train(recipe: Path, words: str) -> None:
+    name, *others = words.split()
     path = REPOSITORY / "launch" / "accelerate" / f"{name}.yaml"
     given = () if name == "single_gpu" else ("--num_processes", str(torch.cuda.device_count()))
-    words = ("--config_file", path, *given, REPOSITORY / "launch" / "train.py", "--config", recipe)
-    done = succeed("accelerate", "launch", *words, "train.epochs=1", timeout=300)
+    launch = ("--config_file", path, *given, REPOSITORY / "launch" / "train.py", "--config", recipe)
+    done = succeed("accelerate", "launch", *launch, "train.epochs=1", *others, timeout=300)
     precision = {"single_gpu": "no"}.get(name, name[-4:])
     assert f"on cuda, precision {precision}" in done.stderr
 

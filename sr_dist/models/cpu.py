@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import grad as gradients
 
+from sr_dist.models import layers
+
 
 def suits(x: Tensor) -> bool:
     """Whether these forms are for `x`, (N, C, H, W)."""
@@ -33,7 +35,7 @@ def enlarge(x: Tensor, pointwise: nn.Conv2d) -> Tensor:
     """
     batch, _, height, width = x.shape
     outputs = pointwise.out_channels // 4
-    weight: Tensor = _WithGradientAsItself.apply(pointwise.weight)
+    weight = layers.with_gradient_as_itself(pointwise.weight)
     weight = weight.view(outputs, 4, -1, 1, 1).transpose(0, 1).flatten(0, 1)
     assert pointwise.bias is not None
     bias = pointwise.bias.view(outputs, 4).t().flatten()
@@ -90,18 +92,3 @@ class _SeparableToFew(torch.autograd.Function):
             torch.empty_like(point).copy_(of_point),
             total,
         )
-
-
-class _WithGradientAsItself(torch.autograd.Function):
-    """A weight; its gradient is laid out as it is, which DistributedDataParallel counts on."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return weight.view_as(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (weight,) = ctx.saved_tensors
-        return torch.empty_like(weight).copy_(grad)

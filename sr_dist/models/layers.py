@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,3 +91,22 @@ def kernel_shape(state: Mapping[str, object], key: str) -> tuple[int, int, int, 
 def count(state: dict[str, Tensor], prefix: str) -> int:
     """How many numbered submodules of `prefix` a state dict holds."""
     return len({key.split(".")[1] for key in state if key.startswith(prefix)})
+
+
+def with_gradient_as_itself(weight: Tensor) -> Tensor:
+    """The same; its gradient is laid out as it is, which DistributedDataParallel counts on."""
+    same: Tensor = _WithGradientAsItself.apply(weight)
+    return same
+
+
+class _WithGradientAsItself(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return torch.empty_like(weight).copy_(grad)

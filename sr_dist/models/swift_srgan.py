@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sr_dist.models import cpu, layers
+from sr_dist.models import cpu, gpu, layers
 
 KEYS = {"initial.cnn.depthwise.weight"}
 
@@ -146,6 +146,8 @@ class Generator(nn.Module):
         if self.training and cpu.suits(detail):
             last = self.final_conv
             detail = cpu.separable_to_few(detail, last.depthwise, last.pointwise)
+        elif detail.device.type == "cuda":
+            detail = gpu.separable(detail, self.final_conv.depthwise, self.final_conv.pointwise)
         else:
             detail = self.final_conv(detail)
         return layers.output(lr, detail, self.scale, self.global_skip)

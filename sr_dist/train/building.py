@@ -68,6 +68,7 @@ def build(config: Config, processes: Processes, saver: checkpoint.Saver) -> Run:
         half_life=config.train.ema_half_life,
         sync_batchnorm=config.train.sync_batchnorm,
         compiled=config.train.compile,
+        recorded=config.train.cuda_graphs,
     )
     objective = gan.build_objective(**values_of["loss"], device=processes.device)
     # fp16 finds its loss scale by trying: it leaves out a step now and then.

@@ -110,10 +110,33 @@ def _check_processes(config: Config, processes: Processes) -> None:
         )
     if config.loss.adversarial.r1_weight and processes.mixed_precision == "fp16":
         raise UserError("loss.adversarial.r1_weight loses its gradient in fp16; use bf16 or no")
+    if config.train.cuda_graphs:
+        _check_graphs(config, processes)
     if config.data.decode == "nvjpeg" and processes.device.type != "cuda":
         raise UserError("data.decode=nvjpeg needs a GPU, and none is here; use data.decode=cpu")
     if config.data.decode == "nvjpeg":
         _check_nvjpeg(processes.device)
+
+
+def _check_graphs(config: Config, processes: Processes) -> None:
+    """A CUDA graph holds what one GPU does, and nothing that the CPU decides on the way."""
+    several = processes.world_size > 1
+    relativistic = config.loss.adversarial.kind == "relativistic_average"
+    reasons = {
+        "needs a GPU, and none is here": processes.device.type != "cuda",
+        "cannot do fp16, whose scale is found by trying; use bf16 or no": (
+            processes.mixed_precision == "fp16"
+        ),
+        "cannot do train.sync_batchnorm on several processes": (
+            several and config.train.sync_batchnorm
+        ),
+        "cannot do relativistic_average on several processes": (
+            several and relativistic and config.loss.adversarial.weight > 0
+        ),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"train.cuda_graphs {reason}; or leave it off")
 
 
 def _check_nvjpeg(device: torch.device) -> None:
