@@ -186,6 +186,24 @@ def test_what_torch_compile_cannot_do_is_refused(tmp_path: Path) -> None:
         load(tmp_path, LEAST, "train.compile=true", "loss.adversarial.r1_weight=1")
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "train.compile=true",
+        "loss.content.shift=4",
+        "loss.adversarial.r1_weight=1",
+        "model.discriminator.name=unet",
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(tmp_path: Path, word: str) -> None:
+    name = word.partition("=")[0]
+    with pytest.raises(UserError, match=f"train.cuda_graphs: cannot be had together with {name}"):
+        load(tmp_path, LEAST, "train.cuda_graphs=true", word)
+    off = ("loss.content.weight=0", "loss.adversarial.weight=0")
+    if word != "train.compile=true":
+        load(tmp_path, LEAST, "train.cuda_graphs=true", word, *off)
+
+
 def test_a_warm_up_needs_what_it_trains_on(tmp_path: Path) -> None:
     words = ("train.warmup_images=100", "loss.pixel.weight=0")
     with pytest.raises(UserError, match="the warm-up trains on loss.pixel, whose weight is 0"):

@@ -31,6 +31,20 @@ def test_downscale_is_within_a_level_of_pillow(photographs: Path) -> None:
     assert (difference > 0).mean() < 0.001
 
 
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_downscaling_as_gpus_do_is_within_a_level(photographs: Path, scale: int) -> None:
+    """Where values leave [0, 255] on the way, too: in noise of black and white, everywhere."""
+    random = np.random.default_rng(1)
+    noise = 255 * random.integers(2, size=(96, 120, 3)).astype(np.uint8)
+    for hr in (images.decode(photographs / "astronaut.png", 3)[:480, :480], noise):
+        batch = tensors.to_batch([hr])
+        height, width = hr.shape[0] // scale, hr.shape[1] // scale
+        found = tensors.downscale_as_floats(batch, height, width)
+        difference = (found.int() - tensors.downscale(batch, scale).int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.02
+
+
 def test_downscale_does_not_depend_on_the_rest_of_the_batch(picture: images.Picture) -> None:
     other = np.ascontiguousarray(picture[::-1])
     together = tensors.downscale(tensors.to_batch([picture, other]), 4)

@@ -103,6 +103,15 @@ def test_who_asks_for_the_cpu_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_an_interpreter_may_compute_in_one_precision_after_another() -> None:
+    for precision in ("no", "bf16", "no"):
+        with distributed.joined(precision, seed=0) as processes:
+            assert processes.mixed_precision == precision
+            with processes.autocast():
+                product = torch.ones(2, 2) @ torch.ones(2, 2)
+            assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
 @pytest.mark.multiprocess
 def test_the_file_for_several_machines_trains_on_two_launchers(
     recipe: Path, tmp_path: Path

@@ -564,6 +564,8 @@ def test_command_refuses_in_one_message(recipe: Path) -> None:
     assert "--batch_size sets train.global_batch_size, and so does train.global_batch_" in message
     message = refuse("launch/train.py", "--config", recipe, "train.mixed_precision=fp16")
     assert "fp16 needs a GPU" in message
+    message = refuse("launch/train.py", "--config", recipe, "train.cuda_graphs=true")
+    assert "train.cuda_graphs needs a GPU, and none is here; or leave it off" in message
 
 
 def test_a_gpu_that_is_too_small_is_told_what_to_lower(
@@ -799,9 +801,11 @@ def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
     assert found["differing_buffers"] == []
     assert found["differing_buffers_afterwards"] == found["differing_buffers_before_averaging"]
     assert found["means"] == {"rank": 0.5}
+    assert found["averaged_otherwise"] == 0
     done = run_ranks(2, "tests/workers/ranks_agree.py", "bf16")
     compressed = json.loads(done.stdout.splitlines()[-1])
     assert compressed["differing_parameters"] == []
+    assert compressed["averaged_otherwise"] == 0
     assert compressed["length"] != found["length"], "bf16 rounds"
     assert compressed["length"] == pytest.approx(found["length"], rel=1e-3)
 

@@ -26,6 +26,22 @@ def differing(networks: gan.Networks, kind: str) -> list[str]:
     return names
 
 
+def averaged_otherwise(processes: distributed.Processes, networks: gan.Networks) -> float:
+    """How far `Processes.average` is from DistributedDataParallel, at most, on equal gradients."""
+    random = torch.Generator().manual_seed(processes.rank)
+    lr = torch.rand(2, 3, 8, 8, generator=random).to(processes.device)
+    found = []
+    for module in (networks.wrapped_generator, networks.generator):
+        networks.generator.zero_grad()
+        module(lr).square().mean().backward()
+        trained = [p for p in networks.generator.parameters() if p.requires_grad]
+        if module is networks.generator:
+            processes.average([p.grad for p in trained if p.grad is not None])
+        found.append([p.grad.clone() for p in trained if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 4
+    return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+
+
 def main(processes: distributed.Processes) -> None:
     networks = gan.build_networks(
         processes,
@@ -74,6 +90,7 @@ def main(processes: distributed.Processes) -> None:
     found["length"] = float(
         torch.cat([p.detach().flatten() for p in networks.generator.parameters()]).norm()
     )
+    found["averaged_otherwise"] = averaged_otherwise(processes, networks)
     if processes.is_main:
         print(json.dumps(found), flush=True)
 
