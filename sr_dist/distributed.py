@@ -49,12 +49,20 @@ class Processes:
         return self.rank == 0
 
     def wrap(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, reduces: bool = True
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        reduces: bool = True,
+        but: Sequence[str] = (),
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module in DistributedDataParallel and autocast; the optimiser behind the scaler.
 
         `reduces`: without it the module has autocast alone, and its gradients are for `average`.
+        `but`: parameters whose gradients are those of all ranks without it.
         """
+        # What DistributedDataParallel reads, and is documented to be set by a method of no types.
+        module._ddp_params_and_buffers_to_ignore = list(but)  # type: ignore[assignment]
         if not reduces:
             autocast = self.accelerator.prepare_model(module, evaluation_mode=True)
             return autocast, self.accelerator.prepare_optimizer(optimizer)

@@ -142,12 +142,14 @@ def build_networks(
     sync_batchnorm: bool = False,
     compiled: bool = False,
     recorded: bool = False,
+    factored: int = 0,
 ) -> Networks:
     """`generator` and `discriminator`: arguments of `models.build_…`.
 
     `optimizer`: settings of each one's AdamW. `half_life`: of the averaged generator, in images; 0
     keeps none. `sync_batchnorm`: with the statistics of all ranks. `compiled`: by torch.compile.
-    `recorded`: steps become CUDA graphs.
+    `recorded`: steps become CUDA graphs. `factored`: the crops of a step, over all ranks, if their
+    factors may be sent in place of a layer's gradient, see `ranks.FactoredLinear`.
     """
     bare: dict[str, nn.Module] = {"generator": models.build_generator(**generator)}
     if discriminator is not None:
@@ -159,6 +161,7 @@ def build_networks(
         if sync_batchnorm and processes.world_size > 1:
             ranks.synchronise(module)
         _to(module, processes.device)
+        apart = ranks.factor(module, factored, processes.world_size) if factored else []
         if compiled:
             # Both share code of accelerate's, and would be taken for one that varies in size.
             module.compile(dynamic=False)
@@ -170,7 +173,9 @@ def build_networks(
             weight_decay=settings["weight_decay"],
             fused=True,
         )
-        wrapped[name], optimizers[name] = processes.wrap(module, adamw, reduces=not recorded)
+        wrapped[name], optimizers[name] = processes.wrap(
+            module, adamw, reduces=not recorded, but=apart
+        )
         if not recorded:
             channels = generator["channels"]
             processes.rehearse(wrapped[name], torch.zeros(1, channels, _LEAST_SIDE, _LEAST_SIDE))

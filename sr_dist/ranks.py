@@ -1,4 +1,4 @@
-"""Means over what all ranks hold, which gradients pass through; BatchNorm on them."""
+"""Means over what all ranks hold, which gradients pass through; layers that take some."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class _Sum(torch.autograd.Function):
@@ -78,3 +79,80 @@ def synchronise(module: nn.Module) -> None:
             setattr(module, name, same)
         else:
             synchronise(child)
+
+
+class FactoredLinear(nn.Module):
+    """nn.Linear with the parameters of another, (rows, inputs) → (rows, outputs); but the weight's
+    gradient is made once a backward, of the factors of all ranks.
+
+    It is the product of what came in, (rows, inputs), and the gradient of what went out, (rows,
+    outputs). Where rows are few, these are fewer numbers to send than their product (sufficient
+    factor broadcasting, Xie et al., arXiv 1511.08486), and rows of several forwards make one
+    product. DistributedDataParallel must leave such a weight alone. Cannot be differentiated twice.
+    """
+
+    def __init__(self, plain: nn.Linear, world_size: int) -> None:
+        """`world_size`: 1 makes the gradient of this rank alone."""
+        super().__init__()
+        self.weight, self.bias, self.world_size = plain.weight, plain.bias, world_size
+        self.rows: list[Tensor] = []  # factors of this backward: inputs and outputs beside another
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = _FactoredLinear.apply(x, self.weight, self.bias, self)
+        return out
+
+    def add_rows(self, x: Tensor, gradient: Tensor) -> None:
+        """Inside a backward, at whose end `weight.grad` gets what they make."""
+        if not self.rows:
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        self.rows.append(torch.cat([x, gradient], dim=1))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        rows = torch.cat(self.rows)
+        self.rows = []
+        if self.world_size > 1:
+            everyones = torch.cat([rows] * self.world_size)
+            torch.distributed.all_gather_into_tensor(everyones, rows)
+            rows = everyones
+        outputs, inputs = self.weight.shape
+        x, gradient = torch.split(rows.to(self.weight.dtype), [inputs, outputs], dim=1)
+        product = (gradient / self.world_size).t() @ x
+        self.weight.grad = product if self.weight.grad is None else self.weight.grad + product
+
+
+class _FactoredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: FactoredLinear) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layer = layer
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.layer.add_rows(x.to(gradient.dtype), gradient)
+        of_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
+        return of_x, None, gradient.to(weight.dtype).sum(0), None
+
+
+def factor(module: nn.Module, batch_size: int, world_size: int) -> list[str]:
+    """Put a `FactoredLinear` in the place of each Linear for which that is less to send.
+
+    `batch_size`: rows of a step, of all ranks, in each of two forwards. Returns the names of their
+    weights, which get their gradients here.
+    """
+    names = []
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            # To each other rank go 2 batch_size / world_size rows of factors, against, in a ring,
+            # 2 / world_size of the weight.
+            if batch_size * (child.in_features + child.out_features) < child.weight.numel():
+                setattr(module, name, FactoredLinear(child, world_size))
+                names.append(f"{name}.weight")
+        else:
+            names += [f"{name}.{inner}" for inner in factor(child, batch_size, world_size)]
+    return names

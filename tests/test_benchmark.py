@@ -64,7 +64,7 @@ def test_the_reference_does_the_same_mathematics() -> None:
     """The generator's gradients of the first step, behind an update of the discriminator."""
     lr, hr = step.random_batch(3, 48, 4)
     with joined("no", seed=0) as processes:
-        networks = step.build_networks(processes, 4)
+        networks = step.build_networks(processes, 4, len(lr))
         objective = gan.build_objective(**step.LOSSES, device=processes.device)
         assert objective.content is not None
         theirs = original.Networks(

@@ -26,12 +26,13 @@ def train_on(ranks: int, output: Path) -> dict[str, dict[str, torch.Tensor]]:
 def test_ranks_with_parts_of_a_batch_train_as_one_with_all_of_it(tmp_path: Path) -> None:
     """2 × 2 rows and 4 × 1 = 1 × 4, after two GAN steps: G, D and the averaged G.
 
-    Without BatchNorm, and with that of all ranks together.
+    Without BatchNorm, and with that of all ranks together; several ranks send factors of the
+    gradient of a layer, where one makes it as usual.
     """
     one = train_on(1, tmp_path / "1.pt")
     for ranks in (2, 4):
         several = train_on(ranks, tmp_path / f"{ranks}.pt")
-        assert several.keys() == one.keys() and len(one) == 3
+        assert several.keys() == one.keys() and len(one) == 4
         for way, expected in one.items():
             for name, value in expected.items():
                 gap = (several[way][name] - value).abs()
@@ -47,7 +48,8 @@ def test_ranks_with_parts_of_a_batch_train_as_one_with_all_of_it(tmp_path: Path)
 def test_what_a_step_sends_on_512_ranks() -> None:
     """Every trained number once, in fp32, and nothing besides; in warm-up those of G alone.
 
-    A rank of a ring sends 2 × 511 / 512 of it.
+    A rank of a ring sends 2 × 511 / 512 of it. With factors the weight of the head's first layer,
+    512 × 36 inputs by 1024 outputs, is not among them, but a row of both for HR and for SR.
     """
     done = succeed("tests/workers/bytes_of_a_step.py")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -58,9 +60,12 @@ def test_what_a_step_sends_on_512_ranks() -> None:
         "gap": generator + gap,
         "gap in parts": generator + gap,
         "warm-up": generator,
+        "factors": generator + linear - 512 * 36 * 1024,
     }
     assert {way: sent["gradients"] for way, sent in found.items()} == {
         way: 4 * number for way, number in numbers.items()
     }
-    assert all(sent["others"] == 0 for sent in found.values())
+    assert found["factors"]["others"] == 1
+    assert found["factors"]["factors"] == 4 * 2 * 2 * (512 * 36 + 1024)  # 2 crops on each rank
+    assert all(sent["others"] == 0 for way, sent in found.items() if way != "factors")
     assert found["linear"]["discriminator"] == linear and found["gap"]["generator"] == generator

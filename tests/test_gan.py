@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sr_dist import config, distributed, gan, losses, models
+from sr_dist import config, distributed, gan, losses, models, ranks
 from sr_dist.distributed import Processes
 from sr_dist.models import unet
 
@@ -254,6 +254,40 @@ def test_compiled_steps_are_the_plain_ones(
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_factored_layer_has_the_gradients_of_a_plain_one() -> None:
+    """Of two forwards in one backward, and of another backward added to them."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(24, 16), nn.LeakyReLU(), nn.Linear(16, 1)).double()
+    ours = copy.deepcopy(plain)
+    assert ranks.factor(ours, batch_size=10, world_size=1) == []
+    assert ranks.factor(ours, batch_size=9, world_size=1) == ["0.weight"]
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    found = []
+    for module in (plain, ours):
+        x = torch.linspace(-1, 1, 72, dtype=torch.float64).view(3, 24).requires_grad_()
+        (module(x).square() + module(x.cos()).exp()).sum().backward()
+        module(2 * x).sum().backward()
+        found.append([x.grad, *(p.grad for p in module.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    found, rows = [], torch.randn(8, 24)
+    for module in (plain.float(), ours.float()):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(rows)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        found.append([p.grad for p in module.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-2 * float(theirs.abs().max()))
+    ours.zero_grad()
+    ours.requires_grad_(False)
+    x = x.float()
+    ours(x.detach().requires_grad_()).sum().backward()
+    assert not grads(ours), "frozen, as in the generator's step"
 
 
 def test_the_relativistic_generator_is_compared_with_hr(

@@ -69,6 +69,7 @@ def build(config: Config, processes: Processes, saver: checkpoint.Saver) -> Run:
         sync_batchnorm=config.train.sync_batchnorm,
         compiled=config.train.compile,
         recorded=config.train.cuda_graphs,
+        factored=_factored(config),
     )
     objective = gan.build_objective(**values_of["loss"], device=processes.device)
     # fp16 finds its loss scale by trying: it leaves out a step now and then.
@@ -113,6 +114,13 @@ def build(config: Config, processes: Processes, saver: checkpoint.Saver) -> Run:
         measures,
         validation,
     )
+
+
+def _factored(config: Config) -> int:
+    """For `gan.build_networks`: 0 where a step is recorded, compiled or differentiated twice."""
+    train, adversarial = config.train, config.loss.adversarial
+    impossible = train.cuda_graphs or train.compile or adversarial.r1_weight
+    return 0 if impossible else train.global_batch_size
 
 
 def evaluation_tile(config: Config, world_size: int) -> int:

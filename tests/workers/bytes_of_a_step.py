@@ -28,7 +28,7 @@ def trained(module: torch.nn.Module) -> int:
 
 
 def main(processes: distributed.Processes) -> None:
-    sent: dict[str, int] = {"gradients": 0, "buckets": 0, "others": 0}
+    sent: dict[str, int] = {"gradients": 0, "buckets": 0, "factors": 0, "others": 0}
 
     def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         sent["gradients"] += bucket.buffer().nbytes
@@ -37,11 +37,14 @@ def main(processes: distributed.Processes) -> None:
         done.set_result(bucket.buffer())
         return done
 
-    for name in ("all_reduce", "all_gather", "broadcast", "barrier", "reduce", "all_gather_object"):
+    names = ("all_reduce", "all_gather", "broadcast", "barrier", "reduce", "all_gather_object")
+    for name in (*names, "all_gather_into_tensor"):
         real = getattr(dist, name)
 
-        def counted(*arguments: Any, real: Any = real, **options: Any) -> Any:
+        def counted(*arguments: Any, real: Any = real, name: str = name, **options: Any) -> Any:
             sent["others"] += 1
+            if name == "all_gather_into_tensor":
+                sent["factors"] += arguments[1].nbytes
             return real(*arguments, **options)
 
         setattr(dist, name, counted)
@@ -52,6 +55,7 @@ def main(processes: distributed.Processes) -> None:
         ("gap", "gap", 1, 0.1),
         ("gap in parts", "gap", 2, 0.1),
         ("warm-up", "gap", 1, 0.0),
+        ("factors", "linear", 1, 0.1),
     ):
         adamw = dataclasses.asdict(config.AdamW(clip_norm=1.0))
         networks = gan.build_networks(
@@ -60,6 +64,7 @@ def main(processes: distributed.Processes) -> None:
             discriminator={"name": "swift_srgan", "channels": 3, "head": head},
             optimizer={"generator": adamw, "discriminator": adamw},
             half_life=10,
+            factored=1 if way == "factors" else 0,
         )
         networks.wrapped_generator.register_comm_hook(None, count)
         networks.wrapped_discriminator.register_comm_hook(None, count)
@@ -74,7 +79,7 @@ def main(processes: distributed.Processes) -> None:
         )
         hr = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
         gan.apply_settings(networks, {n: adamw for n in networks.optimizers}, 0, 100)
-        sent.update(gradients=0, buckets=0, others=0)
+        sent.update(gradients=0, buckets=0, factors=0, others=0)
         gan.training_step(
             *(processes, networks, objective, hr[..., ::4, ::4].contiguous(), hr),
             images_seen=0,

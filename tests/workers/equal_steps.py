@@ -53,6 +53,15 @@ WAYS = {
         1,
         ("batch", {"name": "swift_srgan", "head": "gap"}, True),
     ),
+    "BatchNorm of all ranks, and factors": (
+        {
+            "content": config.Content(weight=0.0),
+            "adversarial": config.Adversarial(kind="bce", weight=0.1),
+        },
+        {},
+        1,
+        ("batch", {"name": "swift_srgan", "head": "linear"}, True),
+    ),
 }
 
 
@@ -74,6 +83,7 @@ def train(processes: distributed.Processes, way: str) -> dict[str, torch.Tensor]
         optimizer={"generator": adamw, "discriminator": adamw},
         half_life=20,
         sync_batchnorm=sync_batchnorm,
+        factored=ROWS if "factors" in way and processes.world_size > 1 else 0,
     )
     objective = gan.build_objective(
         **dataclasses.asdict(config.Loss(**loss)), device=processes.device

@@ -131,7 +131,7 @@ def _waiting(index: shards.Index, arguments: argparse.Namespace) -> float:
     """The share of training steps in which the next batch was waited for, with one worker."""
     with joined("no", seed=0) as processes:
         objective = gan.build_objective(**step.LOSSES, device=processes.device)
-        networks = step.build_networks(processes, arguments.scale)
+        networks = step.build_networks(processes, arguments.scale, arguments.batch_size)
         run = step.our_step(processes, networks, objective)
         source = _source(index, 4, arguments)
         batches = loading.batches(source, num_workers=1, pin_memory=False)

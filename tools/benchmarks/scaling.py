@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,11 +92,9 @@ class _Apart(Processes):
     """One of several processes that trains without the others."""
 
     def wrap(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, **options: Any
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        # What accelerate calls evaluation leaves DistributedDataParallel out, and nothing else.
-        wrapped = self.accelerator.prepare_model(module, evaluation_mode=True)
-        return wrapped, self.accelerator.prepare_optimizer(optimizer)
+        return super().wrap(module, optimizer, **{**options, "reduces": False})
 
 
 def _measure(
@@ -104,12 +103,14 @@ def _measure(
     """Pictures/s of both together, of rank 0 alone, and of both apart, in turns."""
     lr, hr = step.random_batch(arguments.batch_size, arguments.crop_size, arguments.scale)
     objective = gan.build_objective(**step.LOSSES, device=processes.device)
+    size, scale = arguments.batch_size * processes.world_size, arguments.scale
     together = step.our_step(
-        processes, step.build_networks(processes, arguments.scale, head), objective
+        processes, step.build_networks(processes, scale, size, head), objective
     )
     fields = {f.name: getattr(processes, f.name) for f in dataclasses.fields(processes)}
     single = _Apart(**{**fields, "world_size": 1})
-    apart = step.our_step(single, step.build_networks(single, arguments.scale, head), objective)
+    networks = step.build_networks(single, scale, arguments.batch_size, head)
+    apart = step.our_step(single, networks, objective)
     synchronize = measuring.synchronizer(processes.device)
     found: dict[str, list[float]] = {"together": [], "alone": [], "apart": []}
     for turn in range(_WARM_UP + arguments.repetitions):

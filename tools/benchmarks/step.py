@@ -33,8 +33,9 @@ _MATRIX = 1536  # side of the matrices whose product shows what the machine can 
 
 
 def build_networks(
-    processes: Processes, scale: int, head: str = "linear", recorded: bool = False
+    processes: Processes, scale: int, batch_size: int, head: str = "linear", recorded: bool = False
 ) -> gan.Networks:
+    """`batch_size`: of a step, over all ranks."""
     return gan.build_networks(
         processes,
         generator={"name": "swift_srgan", "scale": scale, "channels": 3},
@@ -42,6 +43,7 @@ def build_networks(
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=0,
         recorded=recorded,
+        factored=0 if recorded else batch_size,
     )
 
 
@@ -88,7 +90,7 @@ def ours(sizes: Sizes, recorded: bool = False) -> Iterator[Callable[[], object]]
     with joined(sizes.mixed_precision, seed=0) as processes:
         lr, hr = random_batch(sizes.batch_size, sizes.crop_size, sizes.scale)
         objective = gan.build_objective(**LOSSES, device=processes.device)
-        networks = build_networks(processes, sizes.scale, recorded=recorded)
+        networks = build_networks(processes, sizes.scale, sizes.batch_size, recorded=recorded)
         run = our_step(processes, networks, objective)
         synchronize = measuring.synchronizer(processes.device)
         yield lambda: (run(lr, hr), synchronize())
