@@ -13,9 +13,11 @@ import functools
 import hashlib
 import io
 import json
+import os
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
@@ -27,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from sr_dist import files, images, shard_reader, shards, storage, tars, workers
-from sr_dist.errors import UserError
+from sr_dist.errors import GO_ON, UserError
 
 Given = TypeVar("Given")
 Result = TypeVar("Result")
@@ -155,7 +157,7 @@ def write(
             if not any(place.iterdir()):
                 place.rmdir()
         raise
-    _remove_partial(output)
+    remove_partial(output)
     # The list of rejects comes first: index.json marks the shards as complete.
     lines = [
         json.dumps({"source": reject["name"], "reason": reject["reject"]}) + "\n"
@@ -176,23 +178,58 @@ def write(
 def _in_turn(
     executor: Executor | None, function: Callable[[Given], Result], items: Iterable[Given]
 ) -> Iterator[Result]:
-    """`map(function, items)` by the executor; nothing runs any more once it has ended."""
+    """`map(function, items)` by the executor; nothing runs any more once it has ended.
+
+    One that is not read to its end leaves a pool of local processes shut down.
+    """
     if executor is None:
         yield from map(function, items)
         return
-    futures = [executor.submit(function, item) for item in items]
+    with _uninterrupted():  # while a pool starts its processes
+        futures = [executor.submit(function, item) for item in items]
     try:
         for future in futures:
             yield future.result()
+    except BaseException:
+        if isinstance(executor, ProcessPoolExecutor):
+            # It cancels them itself. Where others do and a process dies, its thread fails over
+            # them (Python 3.11), and whoever waits for the rest waits for ever.
+            executor.shutdown(cancel_futures=True)
+        else:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        raise
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C is heard when the block ends, here and by the processes begun in it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    # Blocked for the new processes. It reaches this one by its other threads all the same.
+    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
     finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        handler(heard[0], None)
 
 
 def _begin_worker() -> None:
     workers.end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the pool ends them by; its owner hears it
+    # Ctrl-C reaches all processes of a terminal; the owner says what there is to say. An exception
+    # here would say it too, and come up in the midst of the pool's own code, locks in hand.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(GO_ON))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see _uninterrupted
 
 
 @contextlib.contextmanager
@@ -260,7 +297,7 @@ def _open_output(output: Path, recorded: dict[str, Any], partition: str) -> Summ
             f"{output} holds tars without an {shards.INDEX_NAME}; choose another --output, or "
             f"index them with 'python tools/make_shards.py index {output}'"
         )
-    _remove_partial(output)
+    remove_partial(output)
     progress.mkdir(exist_ok=True)
     files.write_whole(inputs, json.dumps(started))
     return None
@@ -273,8 +310,8 @@ def _rejects(output: Path) -> list[str]:
     return ["{source} {reason}".format(**json.loads(line)) for line in lines]
 
 
-def _remove_partial(output: Path) -> None:
-    """Remove what processes that died, or were taken for dead, left unfinished."""
+def remove_partial(output: Path) -> None:
+    """Remove what processes that ended, or were taken for dead, left unfinished."""
     for pattern in (
         ".shard-*.part",
         "shard-*.part",

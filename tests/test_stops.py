@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sr_dist import images
 from tests.helpers import (
     ACCELERATE,
     REPOSITORY,
@@ -35,6 +37,31 @@ from tests.runs import (
     train_on_two,
     wait_for_step,
 )
+
+
+def test_ctrl_c_ends_the_workers_of_make_shards_without_a_word(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        images.save(noise, tmp_path / "in" / f"{number}.png")
+    command = ["tools/make_shards.py", "--images", str(tmp_path / "in"), "--workers", "3"]
+    command += ["--output", str(tmp_path / "out")]  # one shard: two workers have nothing to do
+    with popen(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        while not list((tmp_path / "out").glob(".shard-*.part")):
+            assert running.poll() is None
+            time.sleep(0.02)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal sends it, workers included
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 75
+    assert "stopped. The same command goes on where it was." in said
+    assert "Traceback" not in said and "Process" not in said
+    assert not list((tmp_path / "out").glob(".shard-*.part"))
 
 
 def test_one_command_trains_a_run_and_ctrl_c_ends_it_in_one_line(

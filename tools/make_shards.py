@@ -162,19 +162,24 @@ def write(arguments: argparse.Namespace) -> None:
     if arguments.dask:  # its workers may have another working folder
         pictures = [(path.resolve(), name) for path, name in pictures]
         output = output.resolve()
-    with (
-        dask_workers(arguments.dask)
-        if arguments.dask
-        else shard_writer.local_workers(arguments.workers) as executor
-    ):
-        result = shard_writer.write(
-            pictures,
-            output,
-            options,
-            executor=executor,
-            strict=arguments.strict,
-            progress=progress,
-        )
+    try:
+        with (
+            dask_workers(arguments.dask)
+            if arguments.dask
+            else shard_writer.local_workers(arguments.workers) as executor
+        ):
+            result = shard_writer.write(
+                pictures,
+                output,
+                options,
+                executor=executor,
+                strict=arguments.strict,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if not arguments.dask:  # whose workers may still be writing
+            shard_writer.remove_partial(output)
+        raise
     done = "complete already: " if result.already_complete else ""
     print(f"{arguments.output}: {done}{result.samples} samples in {result.shards} shard(s)")
     if result.rejects:
