@@ -114,9 +114,9 @@ class FactoredLinear(nn.Module):
         rows = torch.cat(self.rows)
         self.rows = []
         if self.world_size > 1:
-            everyones = torch.cat([rows] * self.world_size)
-            torch.distributed.all_gather_into_tensor(everyones, rows)
-            rows = everyones
+            everyones = [torch.empty_like(rows) for _ in range(self.world_size)]
+            torch.distributed.all_gather(everyones, rows)
+            rows = torch.cat(everyones)
         outputs, inputs = self.weight.shape
         x, gradient = torch.split(rows.to(self.weight.dtype), [inputs, outputs], dim=1)
         product = (gradient / self.world_size).t() @ x
