@@ -147,7 +147,7 @@ def factor(module: nn.Module, batch_size: int, world_size: int) -> list[str]:
     """
     names = []
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
+        if type(child) is nn.Linear:  # none whose weight is computed, as spectral norm's
             # To each other rank go 2 batch_size / world_size rows of factors, against, in a ring,
             # 2 / world_size of the weight.
             if batch_size * (child.in_features + child.out_features) < child.weight.numel():

@@ -213,7 +213,7 @@ def test_what_all_losses_cost_is_known_beforehand_and_nothing_is_touched(
     cost = gan.relative_cost(processes, networks, whole, shape=(2, 3, 64, 64), scale=4)
     pixel = whole.at(0, warmup_images=1, ramp_images=0)
     alone = gan.relative_cost(processes, networks, pixel, shape=(2, 3, 64, 64), scale=4)
-    assert cost > 1.5 and 0.4 < alone < 2.5
+    assert cost > 1.5 and 0.25 < alone < 4  # where other tests are busy beside
     penalised = dataclasses.replace(whole, r1_weight=10.0)
     gan.relative_cost(processes, networks, penalised, shape=(2, 3, 64, 64), scale=4)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -264,6 +264,8 @@ def test_a_factored_layer_has_the_gradients_of_a_plain_one() -> None:
     assert ranks.factor(ours, batch_size=10, world_size=1) == []
     assert ranks.factor(ours, batch_size=9, world_size=1) == ["0.weight"]
     assert ours.state_dict().keys() == plain.state_dict().keys()
+    normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(24, 16)))
+    assert ranks.factor(normed, batch_size=1, world_size=1) == [], "its weight is computed"
     found = []
     for module in (plain, ours):
         x = torch.linspace(-1, 1, 72, dtype=torch.float64).view(3, 24).requires_grad_()
