@@ -92,7 +92,7 @@ def build_objective(
         pixel_weight=pixel["weight"],
         content=network,
         content_weight=content["weight"],
-        content_shift=content["shift"],
+        content_shift=content["shift"] if content["weight"] else 0,
         adversarial=adversarial["kind"],
         adversarial_weight=adversarial["weight"],
         label_smoothing=adversarial["label_smoothing"],
@@ -149,7 +149,8 @@ def build_networks(
     `optimizer`: settings of each one's AdamW. `half_life`: of the averaged generator, in images; 0
     keeps none. `sync_batchnorm`: with the statistics of all ranks. `compiled`: by torch.compile.
     `recorded`: steps become CUDA graphs. `factored`: the crops of a step, over all ranks, if their
-    factors may be sent in place of a layer's gradient, see `ranks.FactoredLinear`.
+    factors may be sent in place of a layer's gradient, see `ranks.FactoredLinear`; times the bytes
+    of a number of these over those of one of a gradient.
     """
     bare: dict[str, nn.Module] = {"generator": models.build_generator(**generator)}
     if discriminator is not None:
@@ -157,6 +158,8 @@ def build_networks(
     average = copy.deepcopy(bare["generator"]).requires_grad_(False).eval()
     _to(average, processes.device)
     wrapped, optimizers = {}, {}
+    if factored and not ranks.multiply_alike(processes.device):
+        factored = 0  # or what each rank makes of the factors would drift apart
     for name, module in bare.items():
         if sync_batchnorm and processes.world_size > 1:
             ranks.synchronise(module)

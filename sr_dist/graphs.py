@@ -109,10 +109,13 @@ class Recorder:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            first: BaseException = error  # behind it the end of a recording fails, too
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise UserError(
                 "train.cuda_graphs: a step of this run cannot be recorded "
-                f"({str(error).splitlines()[0]}); use train.cuda_graphs=false"
+                f"({str(first).splitlines()[0]}); use train.cuda_graphs=false"
             ) from error

@@ -88,7 +88,8 @@ class FactoredLinear(nn.Module):
     It is the product of what came in, (rows, inputs), and the gradient of what went out, (rows,
     outputs). Where rows are few, these are fewer numbers to send than their product (sufficient
     factor broadcasting, Xie et al., arXiv 1511.08486), and rows of several forwards make one
-    product. DistributedDataParallel must leave such a weight alone. Cannot be differentiated twice.
+    product. Each rank multiplies them itself: all must compute the same, see `multiply_alike`.
+    DistributedDataParallel must leave such a weight alone. Cannot be differentiated twice.
     """
 
     def __init__(self, plain: nn.Linear, world_size: int) -> None:
@@ -100,6 +101,7 @@ class FactoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return F.linear(x, self.weight, self.bias)
+        self.rows = []  # those of a backward that failed
         out: Tensor = _FactoredLinear.apply(x, self.weight, self.bias, self)
         return out
 
@@ -137,6 +139,20 @@ class _FactoredLinear(torch.autograd.Function):
         ctx.layer.add_rows(x.to(gradient.dtype), gradient)
         of_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
         return of_x, None, gradient.to(weight.dtype).sum(0), None
+
+
+def multiply_alike(device: torch.device) -> bool:
+    """Whether a product of matrices has the same bits on all ranks; on other processors, or with
+    other libraries, it may not.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return True
+    random = torch.Generator().manual_seed(0)
+    rows, across = (torch.rand(32, side, generator=random).to(device) for side in (1024, 2048))
+    own = (rows.t() @ across).double().square().sum().reshape(1)
+    everyones = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everyones, own)
+    return all(bool(torch.equal(one, own)) for one in everyones)
 
 
 def factor(module: nn.Module, batch_size: int, world_size: int) -> list[str]:

@@ -185,15 +185,21 @@ def _in_turn(
     if executor is None:
         yield from map(function, items)
         return
-    with _uninterrupted():  # while a pool starts its processes
-        futures = [executor.submit(function, item) for item in items]
+    futures = []
     try:
+        with _uninterrupted():  # while a pool starts its processes
+            for item in items:
+                futures.append(executor.submit(function, item))
         for future in futures:
             yield future.result()
     except BaseException:
         if isinstance(executor, ProcessPoolExecutor):
             # It cancels them itself. Where others do and a process dies, its thread fails over
             # them (Python 3.11), and whoever waits for the rest waits for ever.
+            # The pool of Python 3.10 would wait to hand on a job that nobody is left to read.
+            queue: Any = getattr(executor, "_call_queue", None)
+            if queue is not None:
+                queue._reader.close()
             executor.shutdown(cancel_futures=True)
         else:
             for future in futures:
@@ -223,13 +229,13 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
-    workers.end_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the pool ends them by; its owner hears it
     # Ctrl-C reaches all processes of a terminal; the owner says what there is to say. An exception
     # here would say it too, and come up in the midst of the pool's own code, locks in hand.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: os._exit(GO_ON))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see _uninterrupted
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the pool ends them by; its owner hears it
+    workers.end_with_parent()
 
 
 @contextlib.contextmanager

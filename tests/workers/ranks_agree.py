@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from sr_dist import config, distributed, gan
+from sr_dist import config, distributed, gan, ranks
 
 ADAMW = dataclasses.asdict(config.AdamW())
 
@@ -55,7 +55,9 @@ def main(processes: distributed.Processes) -> None:
         discriminator={"name": "swift_srgan", "channels": 3, "head": "gap"},
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=10,
+        factored=2 * processes.world_size,
     )
+    assert type(networks.discriminator.classifier[2]) is ranks.FactoredLinear  # type: ignore
     loss = config.Loss(
         content=config.Content(weight=0.0),
         adversarial=config.Adversarial(kind="bce", weight=0.1),
