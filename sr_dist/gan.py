@@ -158,6 +158,8 @@ def build_networks(
     average = copy.deepcopy(bare["generator"]).requires_grad_(False).eval()
     _to(average, processes.device)
     wrapped, optimizers = {}, {}
+    if processes.device.type == "cuda" and processes.world_size == 1:
+        factored = 0  # nothing is sent; whether one product then gains has not been measured there
     if factored and not ranks.multiply_alike(processes.device):
         factored = 0  # or what each rank makes of the factors would drift apart
     for name, module in bare.items():

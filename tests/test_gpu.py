@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sr_dist import (
     config,
@@ -20,6 +21,7 @@ from sr_dist import (
     images,
     loading,
     models,
+    ranks,
     shard_writer,
     tensors,
     train,
@@ -190,6 +192,26 @@ def test_played_steps_do_not_wait_for_the_device() -> None:
                 )
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_factored_layer_has_the_gradients_of_a_plain_one(
+    device: torch.device, precision: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(256, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1)).to(device)
+    ours = copy.deepcopy(plain)
+    assert ranks.factor(ours, batch_size=4, world_size=1) == ["0.weight"]
+    found = []
+    for module in (plain, ours):
+        x = torch.linspace(-1, 1, 4 * 256, device=device).view(4, 256).requires_grad_()
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+            out = module(x) + module(x.cos())
+        out.float().square().sum().backward()
+        found.append([x.grad, *(p.grad for p in module.parameters())])
+    for mine, theirs in zip(*found, strict=True):
+        most = 2e-2 * float(theirs.abs().max())
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=most)
 
 
 def test_batches_are_copied_ahead(sharded: Path, device: torch.device) -> None:
