@@ -54,15 +54,16 @@ class Processes:
         optimizer: torch.optim.Optimizer,
         *,
         reduces: bool = True,
-        but: Sequence[str] = (),
+        ignored: Sequence[str] = (),
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module in DistributedDataParallel and autocast; the optimiser behind the scaler.
 
         `reduces`: without it the module has autocast alone, and its gradients are for `average`.
-        `but`: parameters whose gradients are those of all ranks without it.
+        `ignored`: parameters that DistributedDataParallel leaves alone, since their gradients
+        become those of all ranks elsewhere.
         """
-        # What DistributedDataParallel reads, and is documented to be set by a method of no types.
-        module._ddp_params_and_buffers_to_ignore = list(but)  # type: ignore[assignment]
+        # Its own method for this sets just this.
+        module._ddp_params_and_buffers_to_ignore = list(ignored)  # type: ignore[assignment]
         if not reduces:
             autocast = self.accelerator.prepare_model(module, evaluation_mode=True)
             return autocast, self.accelerator.prepare_optimizer(optimizer)

@@ -166,7 +166,7 @@ def build_networks(
         if sync_batchnorm and processes.world_size > 1:
             ranks.synchronise(module)
         _to(module, processes.device)
-        apart = ranks.factor(module, factored, processes.world_size) if factored else []
+        factored_weights = ranks.factor(module, factored, processes.world_size) if factored else []
         if compiled:
             # Both share code of accelerate's, and would be taken for one that varies in size.
             module.compile(dynamic=False)
@@ -179,7 +179,7 @@ def build_networks(
             fused=True,
         )
         wrapped[name], optimizers[name] = processes.wrap(
-            module, adamw, reduces=not recorded, but=apart
+            module, adamw, reduces=not recorded, ignored=factored_weights
         )
         if not recorded:
             channels = generator["channels"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+import statistics
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,6 +43,7 @@ def build(
     discriminator: str | None = "swift_srgan",
     norm: str = "batch",
     compiled: bool = False,
+    factored: int = 0,
 ) -> gan.Networks:
     torch.manual_seed(0)
     return gan.build_networks(
@@ -59,6 +61,7 @@ def build(
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=half_life,
         compiled=compiled,
+        factored=factored,
     )
 
 
@@ -212,8 +215,12 @@ def test_what_all_losses_cost_is_known_beforehand_and_nothing_is_touched(
     random_state = torch.get_rng_state()
     cost = gan.relative_cost(processes, networks, whole, shape=(2, 3, 64, 64), scale=4)
     pixel = whole.at(0, warmup_images=1, ramp_images=0)
-    alone = gan.relative_cost(processes, networks, pixel, shape=(2, 3, 64, 64), scale=4)
-    assert cost > 1.5 and 0.25 < alone < 4  # where other tests are busy beside
+    # Of three, since other tests are busy beside.
+    alone = statistics.median(
+        gan.relative_cost(processes, networks, pixel, shape=(2, 3, 64, 64), scale=4)
+        for _ in range(3)
+    )
+    assert cost > 1.5 and 0.4 < alone < 2.5
     penalised = dataclasses.replace(whole, r1_weight=10.0)
     gan.relative_cost(processes, networks, penalised, shape=(2, 3, 64, 64), scale=4)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -290,6 +297,16 @@ def test_a_factored_layer_has_the_gradients_of_a_plain_one() -> None:
     x = x.float()
     ours(x.detach().requires_grad_()).sum().backward()
     assert not grads(ours), "frozen, as in the generator's step"
+
+
+def test_ranks_that_multiply_to_other_bits_make_no_product_of_their_own(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for alike, kind in ((True, ranks.FactoredLinear), (False, nn.Linear)):
+        monkeypatch.setattr(ranks, "multiply_alike", lambda device, alike=alike: alike)
+        networks = build(processes, factored=4)
+        assert networks.discriminator is not None
+        assert type(networks.discriminator.classifier[2]) is kind  # type: ignore[index]
 
 
 def test_the_relativistic_generator_is_compared_with_hr(
