@@ -7,31 +7,25 @@ is kept in `.progress/` until `index.json` takes its place.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
-import os
 import shutil
-import signal
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from sr_dist import files, images, shard_reader, shards, storage, tars, workers
-from sr_dist.errors import GO_ON, UserError
+from sr_dist import files, images, pool, shard_reader, shards, storage, tars
+from sr_dist.errors import UserError
 
-Given = TypeVar("Given")
 Result = TypeVar("Result")
 Progress = Callable[[Iterable[Result], str, int], Iterable[Result]]  # (items, what, total) → items
 
@@ -127,7 +121,7 @@ def write(
     if any(path.parent.resolve() == output.resolve() for path, _ in pictures):
         raise UserError(f"{output} holds pictures that are read; choose another --output")
     _tar_writer()  # before workers of this machine are forked, so that none loads torch by itself
-    run = functools.partial(_in_turn, executor)
+    run = functools.partial(pool.in_turn, executor)
     read = run(functools.partial(_probe, options), pictures)
     sources = list(progress(read, "reading", len(pictures)))
     _stop_on_reject(sources, strict)
@@ -173,93 +167,6 @@ def write(
     files.write_whole(output / shards.INDEX_NAME, text)
     shutil.rmtree(output / _PROGRESS_FOLDER)
     return Summary(sum(shard.count for shard in listed), len(listed), _rejects(output))
-
-
-def _in_turn(
-    executor: Executor | None, function: Callable[[Given], Result], items: Iterable[Given]
-) -> Iterator[Result]:
-    """`map(function, items)` by the executor; nothing runs any more once it has ended.
-
-    One that is not read to its end leaves a pool of local processes shut down.
-    """
-    if executor is None:
-        yield from map(function, items)
-        return
-    futures = []
-    try:
-        with _uninterrupted():  # while a pool starts its processes
-            for item in items:
-                futures.append(executor.submit(function, item))
-        for future in futures:
-            yield future.result()
-    except BaseException:
-        if isinstance(executor, ProcessPoolExecutor):
-            # It cancels them itself. Where others do and a process dies, its thread fails over
-            # them (Python 3.11), and whoever waits for the rest waits for ever.
-            # The pool of Python 3.10 would wait to hand on a job that nobody is left to read.
-            queue: Any = getattr(executor, "_call_queue", None)
-            if queue is not None:
-                queue._reader.close()
-            executor.shutdown(cancel_futures=True)
-        else:
-            for future in futures:
-                future.cancel()
-            wait(futures)
-        raise
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C is heard when the block ends, here and by the processes begun in it."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard: list[int] = []
-    # Blocked for the new processes. It reaches this one by its other threads all the same.
-    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if heard:
-        handler(heard[0], None)
-
-
-def _begin_worker() -> None:
-    # Ctrl-C reaches all processes of a terminal; the owner says what there is to say. An exception
-    # here would say it too, and come up in the midst of the pool's own code, locks in hand.
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(GO_ON))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see _uninterrupted
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the pool ends them by; its owner hears it
-    workers.end_with_parent()
-
-
-@contextlib.contextmanager
-def local_workers(number: int) -> Iterator[Executor | None]:
-    """An executor of so many processes on this machine; None for one, which is this process.
-
-    What is not begun when the block ends is left.
-
-    Raises:
-        UserError: a process died.
-    """
-    if number == 1:
-        yield None
-        return
-    executor = ProcessPoolExecutor(number, initializer=_begin_worker)
-    try:
-        yield executor
-    except BrokenProcessPool:
-        raise UserError(
-            f"one of the {number} worker processes died, as they do where memory runs out. Run the "
-            "same command to go on, with fewer --workers or a smaller --samples-per-shard."
-        ) from None
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _fingerprint(sources: Sequence[_Source]) -> str:

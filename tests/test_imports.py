@@ -20,7 +20,7 @@ from tests.helpers import REPOSITORY, contents, succeed
 LEVELS = [
     {"errors"},
     {"files", "ranks", "machine", "workers", "tiles"},
-    {"remote", "signals", "graphs"},
+    {"remote", "signals", "graphs", "pool"},
     {"watch"},
     {"settings", "images", "distributed", "weights", "manifest", "web", "storage", "tars"}
     | {"model_card"},

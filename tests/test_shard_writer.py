@@ -12,7 +12,17 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sr_dist import images, indexing, shard_reader, shard_writer, shards, storage, stream, tars
+from sr_dist import (
+    images,
+    indexing,
+    pool,
+    shard_reader,
+    shard_writer,
+    shards,
+    storage,
+    stream,
+    tars,
+)
 from sr_dist.errors import UserError
 from sr_dist.shard_writer import Options
 from tests.helpers import contents
@@ -21,7 +31,7 @@ from tests.streams import read, read_batches
 
 
 def write(source: Path, output: Path, workers: int = 1, strict: bool = False, **options: object):
-    with shard_writer.local_workers(workers) as executor:
+    with pool.local_workers(workers) as executor:
         return shard_writer.write(
             images.list_pictures(source),
             output,

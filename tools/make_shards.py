@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def write(arguments: argparse.Namespace) -> None:
-    from sr_dist import images, shard_writer
+    from sr_dist import images, pool, shard_writer
 
     if arguments.encode == "keep" and arguments.tile:
         raise UserError("--encode keep stores whole pictures; leave --tile out")
@@ -166,7 +166,7 @@ def write(arguments: argparse.Namespace) -> None:
         with (
             dask_workers(arguments.dask)
             if arguments.dask
-            else shard_writer.local_workers(arguments.workers) as executor
+            else pool.local_workers(arguments.workers) as executor
         ):
             result = shard_writer.write(
                 pictures,

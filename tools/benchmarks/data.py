@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measuring, memory, original, step
-from sr_dist import gan, images, loading, shard_writer, shards, stream
+from sr_dist import gan, images, loading, pool, shard_writer, shards, stream
 from sr_dist.distributed import joined
 
 SIDE = 1024  # of the photographs
@@ -33,7 +33,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             listed = [(path, path.name) for path in paths]
             target = folder / f"{kind}_shards"
             options = shard_writer.Options(tile=256)
-            with shard_writer.local_workers(2) as executor:
+            with pool.local_workers(2) as executor:
                 shard_writer.write(listed, target, options, executor=executor)
             index = shards.read_index(str(target))
             reference = _endless(lambda paths=paths: _original(paths, arguments))

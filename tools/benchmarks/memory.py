@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import measuring
-from sr_dist import dataset, images, loading, shard_writer, shards, stream
+from sr_dist import dataset, images, loading, pool, shard_writer, shards, stream
 from sr_dist.degradation import Degradation
 from sr_dist.errors import UserError
 
@@ -107,7 +107,7 @@ def _write_shards(folder: Path, tile: int) -> Path:
                 target, compress_level=0
             )
             listed.append((target, target.name))
-    with shard_writer.local_workers(2) as executor:
+    with pool.local_workers(2) as executor:
         options = shard_writer.Options(tile=tile, min_size=tile, samples_per_shard=100)
         shard_writer.write(listed, folder / "shards", options, executor=executor)
     return folder / "shards"
