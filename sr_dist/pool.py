@@ -21,6 +21,12 @@ from sr_dist.errors import GO_ON, UserError
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class LostWorker(UserError):
+    """A worker process of this machine died."""
+
 
 def in_turn(
     executor: Executor | None, function: Callable[[Given], Result], items: Iterable[Given]
@@ -71,22 +77,31 @@ def _shut_down(pool: ProcessPoolExecutor) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C is heard when the block ends, here and by the processes begun in it."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+    """Ctrl-C and SIGTERM are heard when the block ends; by processes begun in it, once they can.
+
+    They have the handlers of this one until `_begin_worker`. An exception of these would end a new
+    process with a traceback, or be lost in a callback of its fork, and with it the signal by which
+    the pool ends it.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    handlers = {
+        number: handler for number in _STOPPING if callable(handler := signal.getsignal(number))
+    }
     heard: list[int] = []
-    # Blocked for the new processes. It reaches this one by its other threads all the same.
-    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Blocked for the new processes. They reach this one by its other threads all the same.
+    for number in handlers:
+        signal.signal(number, lambda number, _: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if heard:
-        handler(heard[0], None)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if heard:  # also where the block failed, as it does when the new processes heard it first
+            os.kill(os.getpid(), heard[0])
 
 
 def _begin_worker() -> None:
@@ -94,8 +109,8 @@ def _begin_worker() -> None:
     # here would say it too, and come up in the midst of the pool's own code, locks in hand.
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: os._exit(GO_ON))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see _uninterrupted
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the pool ends them by; its owner hears it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)  # see _uninterrupted
     workers.end_with_parent()
 
 
@@ -106,7 +121,7 @@ def local_workers(number: int) -> Iterator[Executor | None]:
     What is not begun when the block ends is left.
 
     Raises:
-        UserError: a process died.
+        LostWorker: a process died.
     """
     if number == 1:
         yield None
@@ -115,7 +130,7 @@ def local_workers(number: int) -> Iterator[Executor | None]:
     try:
         yield executor
     except BrokenProcessPool:
-        raise UserError(
+        raise LostWorker(
             f"one of the {number} worker processes died, as they do where memory runs out. Run the "
             "same command to go on, with fewer --workers or a smaller --samples-per-shard."
         ) from None

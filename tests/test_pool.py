@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import threading
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 from sr_dist import pool
-from sr_dist.errors import UserError
+from sr_dist.errors import GO_ON
 
 pytestmark = pytest.mark.multiprocess
 
@@ -35,8 +38,44 @@ def test_a_worker_that_dies_costs_one_message(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(threading, "excepthook", failures.append)
     for _ in range(40):
         with (
-            pytest.raises(UserError, match="one of the 2 worker processes died"),
+            pytest.raises(pool.LostWorker, match="one of the 2 worker processes died"),
             pool.local_workers(2) as executor,
         ):
             list(pool.in_turn(executor, die_at_three, range(20)))
     assert not failures
+
+
+def begin_after(number: int) -> None:
+    os.kill(os.getpid(), number)
+    pool._begin_worker()
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -15), (signal.SIGINT, GO_ON)])
+def test_a_new_process_hears_a_signal_once_it_can(
+    capfd: pytest.CaptureFixture[str], number: int, status: int
+) -> None:
+    """By the handlers of the command it would raise KeyboardInterrupt in the midst of its start."""
+    former = signal.signal(number, signal.default_int_handler)
+    try:
+        with pool._uninterrupted():
+            process = multiprocessing.get_context("fork").Process(
+                target=begin_after, args=(number,)
+            )
+            process.start()
+        process.join(30)
+    finally:
+        signal.signal(number, former)
+    assert process.exitcode == status
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ctrl_c_is_heard_after_the_start_also_when_that_fails(fails: bool) -> None:
+    reached = False
+    with pytest.raises(KeyboardInterrupt), pool._uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached = True
+        if fails:
+            raise BrokenProcessPool
+    assert reached

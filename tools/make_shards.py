@@ -176,7 +176,7 @@ def write(arguments: argparse.Namespace) -> None:
                 strict=arguments.strict,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, pool.LostWorker):
         if not arguments.dask:  # whose workers may still be writing
             shard_writer.remove_partial(output)
         raise
