@@ -142,15 +142,14 @@ def build_networks(
     sync_batchnorm: bool = False,
     compiled: bool = False,
     recorded: bool = False,
-    factored: int = 0,
+    factors: ranks.Factors | None = None,
 ) -> Networks:
     """`generator` and `discriminator`: arguments of `models.build_…`.
 
     `optimizer`: settings of each one's AdamW. `half_life`: of the averaged generator, in images; 0
     keeps none. `sync_batchnorm`: with the statistics of all ranks. `compiled`: by torch.compile.
-    `recorded`: steps become CUDA graphs. `factored`: the crops of a step, over all ranks, if their
-    factors may be sent in place of a layer's gradient, see `ranks.FactoredLinear`; times the bytes
-    of a number of these over those of one of a gradient.
+    `recorded`: steps become CUDA graphs. `factors`: if those of a layer's gradient may be sent in
+    its place, see `ranks.FactoredLinear`.
     """
     bare: dict[str, nn.Module] = {"generator": models.build_generator(**generator)}
     if discriminator is not None:
@@ -158,15 +157,11 @@ def build_networks(
     average = copy.deepcopy(bare["generator"]).requires_grad_(False).eval()
     _to(average, processes.device)
     wrapped, optimizers = {}, {}
-    if processes.device.type == "cuda" and processes.world_size == 1:
-        factored = 0  # nothing is sent; whether one product then gains has not been measured there
-    if factored and not ranks.multiply_alike(processes.device):
-        factored = 0  # or what each rank makes of the factors would drift apart
     for name, module in bare.items():
         if sync_batchnorm and processes.world_size > 1:
             ranks.synchronise(module)
         _to(module, processes.device)
-        factored_weights = ranks.factor(module, factored, processes.world_size) if factored else []
+        factored = ranks.factor(module, factors, processes.world_size) if factors else []
         if compiled:
             # Both share code of accelerate's, and would be taken for one that varies in size.
             module.compile(dynamic=False)
@@ -179,7 +174,7 @@ def build_networks(
             fused=True,
         )
         wrapped[name], optimizers[name] = processes.wrap(
-            module, adamw, reduces=not recorded, ignored=factored_weights
+            module, adamw, reduces=not recorded, ignored=factored
         )
         if not recorded:
             channels = generator["channels"]

@@ -103,17 +103,20 @@ class Recorder:
 
     @contextlib.contextmanager
     def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        first: BaseException | None = None
         try:
             # Of this thread alone: others copy batches, or watch over collectives.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                yield
+                try:
+                    yield
+                except BaseException as error:
+                    first = error
+                    raise
         except RuntimeError as error:
-            first: BaseException = error  # behind it the end of a recording fails, too
-            while isinstance(first.__context__, RuntimeError):
-                first = first.__context__
-            if isinstance(first, torch.OutOfMemoryError):
+            first = first or error  # behind which the end of the recording fails, too
+            if not isinstance(first, RuntimeError) or isinstance(first, torch.OutOfMemoryError):
                 raise first from None
             raise UserError(
                 "train.cuda_graphs: a step of this run cannot be recorded "

@@ -40,8 +40,10 @@ def in_turn(
         return
     futures = []
     try:
-        with _uninterrupted():  # while a pool starts its processes
+        with _uninterrupted() as stopped:  # while a pool starts its processes
             for item in items:
+                if stopped():
+                    break
                 futures.append(executor.submit(function, item))
         for future in futures:
             yield future.result()
@@ -76,26 +78,28 @@ def _shut_down(pool: ProcessPoolExecutor) -> None:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _uninterrupted() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM are heard when the block ends; by processes begun in it, once they can.
+
+    Yields what tells whether one has come, so that the block can end.
 
     They have the handlers of this one until `_begin_worker`. An exception of these would end a new
     process with a traceback, or be lost in a callback of its fork, and with it the signal by which
     the pool ends it.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: False
         return
     handlers = {
         number: handler for number in _STOPPING if callable(handler := signal.getsignal(number))
     }
     heard: list[int] = []
-    # Blocked for the new processes. They reach this one by its other threads all the same.
+    # Blocked for the new processes. They may reach this one by other threads all the same.
     for number in handlers:
         signal.signal(number, lambda number, _: heard.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
-        yield
+        yield lambda: bool(heard) or not signal.sigpending().isdisjoint(_STOPPING)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
@@ -135,4 +139,4 @@ def local_workers(number: int) -> Iterator[Executor | None]:
             "same command to go on, with fewer --workers or a smaller --samples-per-shard."
         ) from None
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        _shut_down(executor)

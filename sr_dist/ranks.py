@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,7 +91,7 @@ class FactoredLinear(nn.Module):
     It is the product of what came in, (rows, inputs), and the gradient of what went out, (rows,
     outputs). Where rows are few, these are fewer numbers to send than their product (sufficient
     factor broadcasting, Xie et al., arXiv 1511.08486), and rows of several forwards make one
-    product. Each rank multiplies them itself: all must compute the same, see `multiply_alike`.
+    product. Each rank multiplies them itself: all must compute the same, see `made_alike`.
     DistributedDataParallel must leave such a weight alone. Cannot be differentiated twice.
     """
 
@@ -119,10 +122,14 @@ class FactoredLinear(nn.Module):
             everyones = [torch.empty_like(rows) for _ in range(self.world_size)]
             torch.distributed.all_gather(everyones, rows)
             rows = torch.cat(everyones)
+        product = self.multiply(rows)
+        self.weight.grad = product if self.weight.grad is None else self.weight.grad + product
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The weight's gradient, of `rows` of all ranks, (rows, inputs and outputs)."""
         outputs, inputs = self.weight.shape
         x, gradient = torch.split(rows.to(self.weight.dtype), [inputs, outputs], dim=1)
-        product = (gradient / self.world_size).t() @ x
-        self.weight.grad = product if self.weight.grad is None else self.weight.grad + product
+        return (gradient / self.world_size).t() @ x
 
 
 class _FactoredLinear(torch.autograd.Function):
@@ -141,34 +148,54 @@ class _FactoredLinear(torch.autograd.Function):
         return of_x, None, gradient.to(weight.dtype).sum(0), None
 
 
-def multiply_alike(device: torch.device) -> bool:
-    """Whether a product of matrices has the same bits on all ranks; on other processors, or with
-    other libraries, it may not.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return True
-    random = torch.Generator().manual_seed(0)
-    rows, across = (torch.rand(32, side, generator=random).to(device) for side in (1024, 2048))
-    own = (rows.t() @ across).double().square().sum().reshape(1)
-    everyones = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everyones, own)
-    return all(bool(torch.equal(one, own)) for one in everyones)
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What decides whether the factors of a layer's gradient are sent in its place."""
+
+    rows: int  # the crops of a step, over all ranks, each of which passes as HR and as SR
+    parts: int = 1  # backwards in a step, which share the rows
+    cost: float = 1.0  # bytes of a number of the factors over those of one of a gradient
 
 
-def factor(module: nn.Module, batch_size: int, world_size: int) -> list[str]:
+def factor(module: nn.Module, factors: Factors, world_size: int) -> list[str]:
     """Put a `FactoredLinear` in the place of each Linear for which that is less to send.
 
-    `batch_size`: rows of a step, of all ranks, in each of two forwards. Returns the names of their
-    weights, which get their gradients here.
+    For all ranks at once. Returns the names of their weights, which get their gradients here.
     """
     names = []
     for name, child in module.named_children():
         if type(child) is nn.Linear:  # none whose weight is computed, as spectral norm's
-            # To each other rank go 2 batch_size / world_size rows of factors, against, in a ring,
+            if child.weight.is_cuda and world_size == 1:
+                continue  # nothing is sent; whether one product then gains has not been measured
+            # To each other rank go 2 rows / world_size rows of factors, against, in a ring,
             # 2 / world_size of the weight.
-            if batch_size * (child.in_features + child.out_features) < child.weight.numel():
-                setattr(module, name, FactoredLinear(child, world_size))
+            of_rows = factors.rows * factors.cost * (child.in_features + child.out_features)
+            layer = FactoredLinear(child, world_size)
+            # What ranks that multiply otherwise make of the factors would drift apart.
+            if of_rows < child.weight.numel() and made_alike(
+                layer, 2 * factors.rows // factors.parts
+            ):
+                setattr(module, name, layer)
                 names.append(f"{name}.weight")
         else:
-            names += [f"{name}.{inner}" for inner in factor(child, batch_size, world_size)]
+            names += [f"{name}.{inner}" for inner in factor(child, factors, world_size)]
     return names
+
+
+@torch.no_grad()
+def made_alike(layer: FactoredLinear, rows: int) -> bool:
+    """Whether all ranks make the same bits of so many rows of factors.
+
+    With other processors or libraries they may not, and with more rows, which are multiplied in
+    blocks, sooner than with few.
+    """
+    if layer.world_size == 1:
+        return True
+    random = torch.Generator().manual_seed(0)
+    numbers = torch.rand(rows, sum(layer.weight.shape), generator=random)
+    product = layer.multiply(numbers.to(layer.weight.device)).cpu().numpy()
+    digest = np.frombuffer(hashlib.sha256(product.tobytes()).digest(), np.int64)
+    own = torch.from_numpy(digest.copy()).to(layer.weight.device)
+    everyones = [torch.empty_like(own) for _ in range(layer.world_size)]
+    torch.distributed.all_gather(everyones, own)
+    return all(torch.equal(one, own) for one in everyones)

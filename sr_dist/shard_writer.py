@@ -120,7 +120,8 @@ def write(
         raise UserError(f"{output} is a file; expected a folder, or nothing, there")
     if any(path.parent.resolve() == output.resolve() for path, _ in pictures):
         raise UserError(f"{output} holds pictures that are read; choose another --output")
-    _tar_writer()  # before workers of this machine are forked, so that none loads torch by itself
+    # So that workers of this machine that are forked (before Python 3.14) need not load torch.
+    _tar_writer()
     run = functools.partial(pool.in_turn, executor)
     read = run(functools.partial(_probe, options), pictures)
     sources = list(progress(read, "reading", len(pictures)))
@@ -233,6 +234,7 @@ def remove_partial(output: Path) -> None:
     ):
         for partial in output.glob(pattern):
             partial.unlink(missing_ok=True)
+    files.remove_partial(output / _PROGRESS_FOLDER)
 
 
 def _remove_ours(output: Path) -> None:

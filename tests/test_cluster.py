@@ -136,6 +136,7 @@ def test_what_was_finished_before_a_kill_is_kept(
         assert status == -signal.SIGKILL
     else:
         assert status == 2 and "one of the 2 worker processes died" in said
+        assert not list((tmp_path / "out").rglob("*.part"))
     assert "Traceback" not in said
     recorded = [path.stem for path in (tmp_path / "out" / ".progress").glob("shard-*.json")]
     finished = [tmp_path / "out" / f"{name}.tar" for name in recorded]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import shutil
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sr_dist import config, distributed, gan, losses, models, ranks
+from sr_dist import config, distributed, gan, graphs, losses, models, ranks
 from sr_dist.distributed import Processes
+from sr_dist.errors import UserError
 from sr_dist.models import unet
 
 ADAMW = dataclasses.asdict(config.AdamW())
@@ -43,7 +45,7 @@ def build(
     discriminator: str | None = "swift_srgan",
     norm: str = "batch",
     compiled: bool = False,
-    factored: int = 0,
+    factors: ranks.Factors | None = None,
 ) -> gan.Networks:
     torch.manual_seed(0)
     return gan.build_networks(
@@ -61,7 +63,7 @@ def build(
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=half_life,
         compiled=compiled,
-        factored=factored,
+        factors=factors,
     )
 
 
@@ -243,6 +245,8 @@ def test_pictures_are_shifted_before_the_content_network(processes: Processes) -
     assert goal.content is not None
     assert found == goal.content(sr[..., 3:, 5:], hr[..., 3:, 5:])
     assert found != goal.content(sr, hr)
+    unused = objective(processes, content={"shift": 8})
+    assert {unused.at(n, warmup_images=0, ramp_images=0).shift for n in range(9)} == {(0, 0)}
 
 
 @pytest.mark.slow
@@ -263,16 +267,30 @@ def test_compiled_steps_are_the_plain_ones(
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_as_many_rows_are_tried_as_a_backward_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(ranks, "made_alike", lambda layer, rows: tried.append(rows))
+    module = nn.Sequential(nn.Linear(24, 16))
+    assert ranks.factor(module, ranks.Factors(8, parts=2, cost=0.5), world_size=4) == []
+    assert tried == [8], "of HR and of SR, in each of two parts"
+
+
 def test_a_factored_layer_has_the_gradients_of_a_plain_one() -> None:
     """Of two forwards in one backward, and of another backward added to them."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(24, 16), nn.LeakyReLU(), nn.Linear(16, 1)).double()
     ours = copy.deepcopy(plain)
-    assert ranks.factor(ours, batch_size=10, world_size=1) == []
-    assert ranks.factor(ours, batch_size=9, world_size=1) == ["0.weight"]
+    assert ranks.factor(ours, ranks.Factors(10), world_size=1) == []
+    assert ranks.factor(ours, ranks.Factors(9, cost=2), world_size=1) == []
+    assert ranks.factor(ours, ranks.Factors(9), world_size=1) == ["0.weight"]
     assert ours.state_dict().keys() == plain.state_dict().keys()
     normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(24, 16)))
-    assert ranks.factor(normed, batch_size=1, world_size=1) == [], "its weight is computed"
+    assert ranks.factor(normed, ranks.Factors(1), world_size=1) == [], "its weight is computed"
+    x = torch.ones(3, 24, dtype=torch.float64, requires_grad=True)
+    x.register_hook(lambda _: 1 / 0)  # after the layer has added its rows
+    with pytest.raises(ZeroDivisionError):
+        ours(x).sum().backward()
+    ours.zero_grad()
     found = []
     for module in (plain, ours):
         x = torch.linspace(-1, 1, 72, dtype=torch.float64).view(3, 24).requires_grad_()
@@ -299,14 +317,28 @@ def test_a_factored_layer_has_the_gradients_of_a_plain_one() -> None:
     assert not grads(ours), "frozen, as in the generator's step"
 
 
-def test_ranks_that_multiply_to_other_bits_make_no_product_of_their_own(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("first", [RuntimeError("forbidden"), TypeError("other"), None])
+def test_the_first_error_of_a_recording_is_told(
+    first: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for alike, kind in ((True, ranks.FactoredLinear), (False, nn.Linear)):
-        monkeypatch.setattr(ranks, "multiply_alike", lambda device, alike=alike: alike)
-        networks = build(processes, factored=4)
-        assert networks.discriminator is not None
-        assert type(networks.discriminator.classifier[2]) is kind  # type: ignore[index]
+    """The end of a recording that went wrong fails, too."""
+
+    @contextlib.contextmanager
+    def record(*_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed")
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    recorder = graphs.Recorder.__new__(graphs.Recorder)
+    recorder._pool = recorder._stream = None  # type: ignore[assignment]
+    said = {"forbidden": r"cannot be recorded \(forbidden\)", "other": "^other$"}
+    expected = said.get(str(first), r"cannot be recorded \(operation failed\)")
+    kind = TypeError if isinstance(first, TypeError) else UserError
+    with pytest.raises(kind, match=expected), recorder._recording(None):  # type: ignore[arg-type]
+        if first is not None:
+            raise first
 
 
 def test_the_relativistic_generator_is_compared_with_hr(

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -30,6 +32,46 @@ def die_at_three(number: int) -> int:
 def test_results_come_in_the_order_of_the_work(workers: int) -> None:
     with pool.local_workers(workers) as executor:
         assert list(pool.in_turn(executor, double, range(20))) == list(range(0, 40, 2))
+
+
+def look_at(job: bytes) -> int:
+    time.sleep(0.02)
+    return len(job)
+
+
+@pytest.mark.parametrize("stopped", ["by a death", "by Ctrl-C"])
+def test_large_jobs_that_nobody_reads_hold_nothing_up(stopped: str) -> None:
+    """More than a pipe holds; Ctrl-C while the bar is drawn, whose frame keeps the work alive."""
+    error = KeyboardInterrupt if stopped == "by Ctrl-C" else pool.LostWorker
+
+    def drawn(results: Iterator[int]) -> Iterator[int]:
+        for done, result in enumerate(results):
+            if done == 3:
+                for worker in multiprocessing.active_children():
+                    os.kill(worker.pid or 0, signal.SIGINT)
+                if stopped == "by Ctrl-C":
+                    raise KeyboardInterrupt
+            yield result
+
+    began = time.monotonic()
+    with pytest.raises(error), pool.local_workers(2) as executor:
+        list(drawn(pool.in_turn(executor, look_at, [bytes(300_000)] * 40)))
+    assert time.monotonic() - began < 10
+
+
+def test_the_rest_is_not_begun_after_ctrl_c() -> None:
+    begun = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(1000):
+            begun.append(number)
+            yield number
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), pool.local_workers(2) as executor:
+        list(pool.in_turn(executor, double, numbers()))
+    assert len(begun) < 10
 
 
 def test_a_worker_that_dies_costs_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

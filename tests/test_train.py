@@ -40,6 +40,7 @@ from sr_dist import (
     train,
 )
 from sr_dist.errors import UserError
+from sr_dist.ranks import Factors
 from sr_dist.train import building, checks
 from tests.helpers import REPOSITORY, refuse, run, run_ranks, succeed
 from tests.local_server import Server, data, status
@@ -810,6 +811,18 @@ def test_ranks_agree_after_steps_on_different_data(tmp_path: Path) -> None:
     assert compressed["length"] == pytest.approx(found["length"], rel=1e-3)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="MKL alone can be told to differ")
+@pytest.mark.parametrize(("ranks", "expected"), [("alike", ["0.weight"]), ("unlike", [])])
+def test_ranks_that_multiply_to_other_bits_make_no_product_of_their_own(
+    ranks: str, expected: list[str]
+) -> None:
+    done = run_ranks(2, "tests/workers/factored_layers.py", ranks)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found == [[expected, expected]] * 2, "of few and of many rows, on both"
+
+
 def test_nothing_is_read_back_between_log_points(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -922,3 +935,28 @@ def test_the_quickstart_beats_bicubic_by_what_was_asked_for(shared: Path, tmp_pa
     classical, learned = json.loads(done.stdout.splitlines()[-1])["results"]
     assert classical["psnr"] == pytest.approx(28.43, abs=0.01)
     assert learned["psnr"] >= classical["psnr"] + 0.8
+
+
+@pytest.mark.parametrize(
+    ("mixed_precision", "changes", "expected"),
+    [
+        ("no", [], Factors(16, 1, 1.0)),
+        ("bf16", [], Factors(16, 1, 0.5)),
+        ("no", ["train.gradient_compression=bf16"], Factors(16, 1, 2.0)),
+        ("fp16", ["train.gradient_compression=bf16"], Factors(16, 1, 1.0)),
+        ("no", ["train.accumulation_steps=4"], Factors(16, 4, 1.0)),
+        ("no", ["train.compile=true"], None),
+        ("no", ["loss.adversarial.r1_weight=1"], None),
+        ("no", ["train.cuda_graphs=true", "loss.content.shift=0"], None),
+    ],
+)
+def test_which_factors_are_sent(
+    mixed_precision: str,
+    changes: list[str],
+    expected: Factors | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    recipe = REPOSITORY / "configs/swift_srgan_x4.yaml"
+    made = config.load(recipe, ["train.global_batch_size=16", *changes])
+    assert building._factors(made, mixed_precision) == expected

@@ -20,6 +20,7 @@ from sr_dist import (
     gan,
     loading,
     lpips,
+    ranks,
     resuming,
     settings,
     stream,
@@ -69,7 +70,7 @@ def build(config: Config, processes: Processes, saver: checkpoint.Saver) -> Run:
         sync_batchnorm=config.train.sync_batchnorm,
         compiled=config.train.compile,
         recorded=config.train.cuda_graphs,
-        factored=_factored(config, processes),
+        factors=_factors(config, processes.mixed_precision),
     )
     objective = gan.build_objective(**values_of["loss"], device=processes.device)
     # fp16 finds its loss scale by trying: it leaves out a step now and then.
@@ -116,14 +117,14 @@ def build(config: Config, processes: Processes, saver: checkpoint.Saver) -> Run:
     )
 
 
-def _factored(config: Config, processes: Processes) -> int:
-    """For `gan.build_networks`: 0 where a step is recorded, compiled or differentiated twice."""
+def _factors(config: Config, mixed_precision: str) -> ranks.Factors | None:
+    """For `gan.build_networks`: None where a step is recorded, compiled or differentiated twice."""
     train, adversarial = config.train, config.loss.adversarial
     if train.cuda_graphs or train.compile or adversarial.r1_weight:
-        return 0
-    of_factor = 4 if processes.mixed_precision == "no" else 2  # bytes of a number on its way
+        return None
+    of_factor = 4 if mixed_precision == "no" else 2  # bytes of a number on its way
     of_gradient = 4 if train.gradient_compression == "none" else 2
-    return train.global_batch_size * of_factor // of_gradient
+    return ranks.Factors(train.global_batch_size, train.accumulation_steps, of_factor / of_gradient)
 
 
 def evaluation_tile(config: Config, world_size: int) -> int:

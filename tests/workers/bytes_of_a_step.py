@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the backend)
 
-from sr_dist import config, distributed, gan
+from sr_dist import config, distributed, gan, ranks
 
 RANKS = 512
 real_init = dist.init_process_group
@@ -64,7 +64,7 @@ def main(processes: distributed.Processes) -> None:
             discriminator={"name": "swift_srgan", "channels": 3, "head": head},
             optimizer={"generator": adamw, "discriminator": adamw},
             half_life=10,
-            factored=1 if way == "factors" else 0,
+            factors=ranks.Factors(1) if way == "factors" else None,
         )
         networks.wrapped_generator.register_comm_hook(None, count)
         networks.wrapped_discriminator.register_comm_hook(None, count)

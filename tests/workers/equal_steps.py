@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from sr_dist import config, distributed, gan, tensors
+from sr_dist import config, distributed, gan, ranks, tensors
 from sr_dist.models import unet
 
 single = tensors.to_float
@@ -68,6 +68,7 @@ WAYS = {
 def train(processes: distributed.Processes, way: str) -> dict[str, torch.Tensor]:
     loss, changes, parts, (norm, discriminator, sync_batchnorm) = WAYS[way]
     adamw = dataclasses.asdict(config.AdamW(learning_rate=RATE, **changes))
+    sends_factors = "factors" in way and processes.world_size > 1
     torch.manual_seed(0)
     networks = gan.build_networks(
         processes,
@@ -83,7 +84,7 @@ def train(processes: distributed.Processes, way: str) -> dict[str, torch.Tensor]
         optimizer={"generator": adamw, "discriminator": adamw},
         half_life=20,
         sync_batchnorm=sync_batchnorm,
-        factored=ROWS if "factors" in way and processes.world_size > 1 else 0,
+        factors=ranks.Factors(ROWS, parts) if sends_factors else None,
     )
     objective = gan.build_objective(
         **dataclasses.asdict(config.Loss(**loss)), device=processes.device

@@ -55,7 +55,7 @@ def main(processes: distributed.Processes) -> None:
         discriminator={"name": "swift_srgan", "channels": 3, "head": "gap"},
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=10,
-        factored=2 * processes.world_size,
+        factors=ranks.Factors(2 * processes.world_size),
     )
     assert type(networks.discriminator.classifier[2]) is ranks.FactoredLinear  # type: ignore
     loss = config.Loss(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measuring, original
-from sr_dist import config, gan
+from sr_dist import config, gan, ranks
 from sr_dist.distributed import Processes, joined
 
 ADAMW = dataclasses.asdict(config.AdamW())
@@ -43,7 +43,7 @@ def build_networks(
         optimizer={"generator": ADAMW, "discriminator": ADAMW},
         half_life=0,
         recorded=recorded,
-        factored=0 if recorded else batch_size,
+        factors=None if recorded else ranks.Factors(batch_size),
     )
 
 
