@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sr_dist import tiles, workers
+from sr_dist import signals, tiles, workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -83,11 +83,12 @@ def main() -> None:
         for name in ("no_proxy", "NO_PROXY"):
             others = [os.environ[name]] if os.environ.get(name) else []
             os.environ[name] = ",".join([*others, "localhost", "127.0.0.1", arguments.host])
-        try:
-            import gradio
-        except ImportError:
-            raise UserError("the demo needs gradio: pip install 'sr_dist[demo]'") from None
-        models = load_models(arguments.checkpoint)
+        with signals.left_at_once():
+            try:
+                import gradio
+            except ImportError:
+                raise UserError("the demo needs gradio: pip install 'sr_dist[demo]'") from None
+            models = load_models(arguments.checkpoint)
         with tempfile.TemporaryDirectory(prefix="sr_dist-demo-") as folder:
             page = build(gradio, models, Path(folder), arguments)
             try:

@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sr_dist import tiles, workers
+from sr_dist import signals, tiles, workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -94,10 +94,11 @@ def main() -> None:
     workers.share_processors()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with exit_on_user_error():
-        import torch
-        from tqdm import tqdm
+        with signals.left_at_once():
+            import torch
+            from tqdm import tqdm
 
-        from sr_dist import evaluate, generators, images, lpips, metrics, report, upscale
+            from sr_dist import evaluate, generators, images, lpips, metrics, report, upscale
 
         scale = arguments.scale
         if not arguments.method and not arguments.checkpoint:

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sr_dist import workers
+from sr_dist import signals, workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -95,7 +95,8 @@ def main() -> None:
                     f"folder, not for {output}"
                 )
         # Slow to import, so after what can be said without them.
-        from sr_dist import export, generators, model_card
+        with signals.left_at_once():
+            from sr_dist import export, generators, model_card
 
         export.check_output(output, kind)
         there = output.exists()

@@ -18,7 +18,7 @@ python tools/make_shards.py --images $data/images/train.txt --output $data/shard
 
 # One process, on a GPU if there is one; `accelerate launch` starts several (README).
 result=$(python launch/train.py --config configs/quickstart.yaml "$@")
-echo "$result"
+[ -z "$result" ] || echo "$result"
 run=$(sed -n 's/^Run folder: //p' <<< "$result")
 if [ -z "$run" ]; then  # --dry-run
   exit 0

@@ -8,7 +8,7 @@ import os
 import sys
 
 from sr_dist import signals, workers
-from sr_dist.errors import UserError, exit_on_user_error, said_once_a_node
+from sr_dist.errors import UserError, exit_on_user_error
 
 AGAIN = "The same command goes on from the last checkpoint, if there is one."
 EXAMPLE = """
@@ -62,7 +62,7 @@ def main() -> None:
 
         from sr_dist import config, distributed, train
 
-        with said_once_a_node():
+        with distributed.said_once():
             overrides = all_overrides(arguments, distributed.launched_world_size())
             settings = config.load(arguments.config, overrides)
         level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR

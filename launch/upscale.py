@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sr_dist import tiles, workers
+from sr_dist import signals, tiles, workers
 from sr_dist.errors import UserError, exit_on_user_error
 
 EXAMPLE = """
@@ -72,10 +72,11 @@ def main() -> None:
     workers.share_processors()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with exit_on_user_error():
-        import torch
-        from tqdm import tqdm
+        with signals.left_at_once():
+            import torch
+            from tqdm import tqdm
 
-        from sr_dist import dataset, generators, images, upscale
+            from sr_dist import dataset, generators, images, upscale
 
         if arguments.bits is not None and not 9 <= arguments.bits <= 16:
             raise UserError(f"--bits: expected 9 to 16, found {arguments.bits}")

@@ -10,7 +10,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from sr_dist import machine
-from sr_dist.errors import LostRank, Stopped, UserError, said_once_a_node
+from sr_dist.errors import LostRank, Stopped, UserError
 from sr_dist.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -217,12 +217,28 @@ def _set_buffers(modules: Collection[nn.Module], values: Tensor) -> None:
         buffer.copy_(part.view_as(buffer))
 
 
-def _is_first_to_say(message: str) -> bool:
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """For mistakes that all processes meet alike before they are joined: one of them says it.
+
+    The first to meet it, where the launcher keeps a store: as soon as one has ended, it ends the
+    others. Otherwise the first process of each machine.
+    """
+    try:
+        yield
+    except UserError as error:
+        if _launcher_keeps_store():
+            error.silent = not _is_first_to_say(str(error), lambda: _launchers_store(timeout=10))
+        else:
+            error.silent = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+def _is_first_to_say(message: str, find_store: Callable[[], Any]) -> bool:
     """Whether no other rank has met the same mistake yet."""
-    store = distributed_c10d._get_default_store()
     digest = hashlib.sha256(message.encode(errors="replace")).hexdigest()
     try:
-        return bool(store.add(f"sr_dist/said/{digest}", 1) == 1)
+        return bool(find_store().add(f"sr_dist/said/{_attempt()}/{digest}", 1) == 1)
     except RuntimeError:  # the process that keeps the store is gone: nobody else is left to speak
         return True
 
@@ -363,7 +379,7 @@ def joined(
     """
     on_cpu = told_cpu() or not torch.cuda.is_available()
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    with said_once_a_node():
+    with said_once():
         if on_cpu and (mixed_precision or told) == "fp16":
             why = "the launcher was told to use the CPU" if told_cpu() else "none is here"
             raise UserError(f"mixed precision fp16 needs a GPU, and {why}; use bf16 or no")
@@ -420,7 +436,8 @@ def joined(
                 ) from None
     except BaseException as error:
         if isinstance(error, UserError) and processes.world_size > 1:
-            error.silent = not _is_first_to_say(str(error))
+            store = distributed_c10d._get_default_store
+            error.silent = not _is_first_to_say(str(error), store)
         # A stop before the first step; by SIGTERM launchers end ranks also to start all again.
         if isinstance(error, KeyboardInterrupt) and watch.signal in ("SIGINT", "SIGUSR1"):
             with contextlib.suppress(RuntimeError):  # a launcher that is gone starts none again

@@ -84,16 +84,6 @@ def exit_on_user_error(again: str = "") -> Iterator[None]:
         raise SystemExit(USER_MISTAKE) from None
 
 
-@contextlib.contextmanager
-def said_once_a_node() -> Iterator[None]:
-    """For what all processes of a machine meet alike before they know of each other."""
-    try:
-        yield
-    except UserError as error:
-        error.silent = os.environ.get("LOCAL_RANK", "0") != "0"
-        raise
-
-
 def say_stopped(again: str) -> None:
     """Once on each machine; `again` as of `exit_on_user_error`."""
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -116,10 +116,7 @@ def write(
     assert options.encode != "keep" or (not options.tile and options.reductions == (1,)), (
         "the original bytes are whole pictures"
     )
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; expected a folder, or nothing, there")
-    if any(path.parent.resolve() == output.resolve() for path, _ in pictures):
-        raise UserError(f"{output} holds pictures that are read; choose another --output")
+    check_output(pictures, output)
     # So that workers of this machine that are forked (before Python 3.14) need not load torch.
     _tar_writer()
     run = functools.partial(pool.in_turn, executor)
@@ -168,6 +165,18 @@ def write(
     files.write_whole(output / shards.INDEX_NAME, text)
     shutil.rmtree(output / _PROGRESS_FOLDER)
     return Summary(sum(shard.count for shard in listed), len(listed), _rejects(output))
+
+
+def check_output(pictures: Sequence[tuple[Path, str]], output: Path) -> None:
+    """Refuse an `output` that can be no folder of shards: what `write` can say before all else.
+
+    Raises:
+        UserError: it is a file, or holds `pictures`.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; expected a folder, or nothing, there")
+    if any(path.parent.resolve() == output.resolve() for path, _ in pictures):
+        raise UserError(f"{output} holds pictures that are read; choose another --output")
 
 
 def _fingerprint(sources: Sequence[_Source]) -> str:

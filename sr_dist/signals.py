@@ -16,18 +16,20 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextmanager
-def left_at_once(again: str) -> Iterator[None]:
-    """While nothing has begun that could be lost, `STOPPING` end this process with status `GO_ON`.
+def left_at_once(again: str = "") -> Iterator[None]:
+    """While nothing has begun that could be lost, `STOPPING` end this process.
 
-    Also where it waits for others in a call that hears none. `again`: what running the command
-    again does.
+    Also where it waits for others in a call that hears none, and while it loads torch, which an
+    exception of a signal's handler would abort, print pages of, or swallow. `again`: what running
+    the command again does; the exit status is then `GO_ON`, otherwise 128 and the signal's number.
     """
+    ignored = [number for number in STOPPING if signal.getsignal(number) == signal.SIG_IGN]
 
     def leave(numbers: socket.socket) -> None:
         while received := numbers.recv(1):
-            if received[0] in STOPPING:
+            if received[0] in STOPPING and received[0] not in ignored:
                 say_stopped(again)
-                os._exit(GO_ON)
+                os._exit(GO_ON if again else 128 + received[0])
 
     with heard_by(leave, lambda number, frame: None):
         yield

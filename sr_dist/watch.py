@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _PERIOD = 0.25  # seconds between two looks at the store
 _SILENT = 3.0  # seconds without a sign of life that tell of a rank, once something is wrong
+_WAITING = 6.0  # the same of one that only waits, and tells of its life all the time
 # Seconds in which a second signal is an echo of the first: where one is sent to a launcher and its
 # ranks together, they get it once more from the launcher, which hands it on at once (torchrun and
 # accelerate launch; measured: within 0.01 s at five busy processes a core). Others sent SIGTERM.
@@ -208,9 +209,15 @@ class Watch:
         return True
 
     def confirm(self, what: str) -> None:
-        """Return when all ranks have heard that it is asked for; one that is gone never does."""
+        """For rank 0, for which the others wait: return when all have heard that it is asked for.
+
+        One that is gone never does. This process then ends, and names it, before a launcher that
+        has sent SIGTERM loses its patience (torchrun and accelerate launch after 30 s).
+        """
+        timeout, self.timeout = self.timeout, min(self.timeout, _WAITING)
         while self.store is not None and what not in self.agreed:
             time.sleep(0.01)
+        self.timeout = timeout
 
     def _key(self, what: str) -> str:
         return f"{what}/{self.rounds.get(what, 0)}"

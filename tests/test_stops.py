@@ -25,6 +25,7 @@ from tests.helpers import (
     free_port,
     popen,
     refuse,
+    run_ranks,
     start,
     start_ranks,
     succeed,
@@ -62,6 +63,59 @@ def test_ctrl_c_ends_the_workers_of_make_shards_without_a_word(tmp_path: Path) -
     assert "stopped. The same command goes on where it was." in said
     assert "Traceback" not in said and "Process" not in said
     assert not list((tmp_path / "out").glob(".shard-*.part"))
+
+
+_GO_ON = "stopped. The same command goes on "
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "number", "status", "said"),
+    [
+        ("launch/train.py", "--config a.yaml", signal.SIGINT, 75, _GO_ON + "from the last"),
+        ("launch/evaluate.py", "--data . --output out", signal.SIGINT, 130, "stopped."),
+        ("launch/upscale.py", "--input . --output out", signal.SIGINT, 130, "stopped."),
+        (
+            "launch/export.py",
+            "--checkpoint a --format onnx --output b",
+            signal.SIGTERM,
+            143,
+            "stopped.",
+        ),
+        ("tools/make_shards.py", "--images . --output out", signal.SIGINT, 75, _GO_ON + "where"),
+        ("tools/make_shards.py", "--images . --output out", signal.SIGTERM, 75, _GO_ON + "where"),
+    ],
+)
+def test_a_signal_while_torch_is_loaded_ends_a_command_at_once(
+    tmp_path: Path, command: str, options: str, number: int, status: int, said: str
+) -> None:
+    """An exception in the midst of it may abort Python, or be lost as it is here."""
+    (tmp_path / "torch.py").write_text(
+        """
+import time
+
+print("loading", flush=True)
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+"""
+    )
+    images.save(np.zeros((96, 96, 3), np.uint8), tmp_path / "a.png")
+    with popen(
+        [sys.executable, str(REPOSITORY / command), *options.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None and running.stdout.readline() == "loading\n"
+        running.send_signal(number)
+        _, heard = running.communicate(timeout=20)
+    assert running.returncode == status
+    assert heard.startswith(f"\n{said}") and heard.count("\n") == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_command_trains_a_run_and_ctrl_c_ends_it_in_one_line(
@@ -208,8 +262,7 @@ def test_a_rank_killed_while_another_measures_is_started_again(
 ) -> None:
     """The launcher then stops the one that measures, by the signal that people stop runs by."""
     worker = REPOSITORY / "tests" / "workers" / "slow_evaluation.py"
-    words = (worker, 3, recipe, "run.timeout_minutes=0.1")
-    running = start("torchrun", *standalone(processes=2, restarts=1), *words)
+    running = start("torchrun", *standalone(processes=2, restarts=1), worker, 3, recipe)
     running.wait_for("measures\n")
     (killed,) = (
         child
@@ -220,7 +273,21 @@ def test_a_rank_killed_while_another_measures_is_started_again(
     done = running.end(timeout=120)
     assert done.returncode == 0, done.stderr
     assert "stopped before the launcher started it again" not in done.stderr, done.stderr
+    assert "error (rank 0): no sign of life from rank 1 for 6 s" in done.stderr, done.stderr
     assert_same_run(trained_on_two, tmp_path / "runs/small")
+
+
+@pytest.mark.multiprocess
+def test_a_mistake_is_said_once_before_ranks_are_joined() -> None:
+    """Also where the launcher ends rank 0 before it comes to it, since the other has ended."""
+    worker = REPOSITORY / "tests/workers/one_mistake.py"
+    launched = start("torchrun", *standalone(processes=2, restarts=0), worker, "early").end(
+        timeout=60
+    )
+    assert launched.stderr.count("error (rank 1): everywhere alike") == 1
+    assert launched.stderr.count("everywhere alike") == 1
+    alone = run_ranks(2, worker, "early")
+    assert alone.stderr == "error: everywhere alike\n"
 
 
 @pytest.mark.multiprocess

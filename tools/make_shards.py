@@ -12,8 +12,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sr_dist import signals
 from sr_dist.errors import UserError, exit_on_user_error
 
+AGAIN = "The same command goes on where it was."
 _LISTED = 20  # of what cannot be used
 
 EXAMPLE = """
@@ -119,7 +121,7 @@ def main() -> None:
     words = sys.argv[1:]
     arguments = parse_arguments(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with exit_on_user_error("The same command goes on where it was."):
+    with exit_on_user_error(AGAIN):
         if getattr(arguments, "command", "") == "index":
             index(arguments.shards, arguments.min_size)
         elif getattr(arguments, "command", "") == "verify":
@@ -162,6 +164,9 @@ def write(arguments: argparse.Namespace) -> None:
     if arguments.dask:  # its workers may have another working folder
         pictures = [(path.resolve(), name) for path, name in pictures]
         output = output.resolve()
+    shard_writer.check_output(pictures, output)
+    with signals.left_at_once(AGAIN):
+        import webdataset  # noqa: F401 (loads torch)
     try:
         with (
             dask_workers(arguments.dask)
