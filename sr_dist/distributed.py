@@ -25,7 +25,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from sr_dist import machine
+from sr_dist import machine, signals
 from sr_dist.errors import LostRank, Stopped, UserError
 from sr_dist.watch import Watch
 
@@ -227,7 +227,7 @@ def said_once() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if _launcher_keeps_store():
+        if signals.launcher_keeps_store():
             error.silent = not _is_first_to_say(str(error), lambda: _launchers_store(timeout=10))
         else:
             error.silent = os.environ.get("LOCAL_RANK", "0") != "0"
@@ -251,11 +251,6 @@ def launched_world_size() -> int:
 def local_world_size() -> int:
     """How many of them are on this machine; all, where the launcher does not say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", launched_world_size()))
-
-
-def _launcher_keeps_store() -> bool:
-    """Whether the store of the ranks is their launcher's, rather than rank 0's."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def lacks_processes(world_size: int) -> bool:
@@ -293,13 +288,13 @@ def end_attempts(timeout: float) -> None:
 
     To it a rank that stops has failed, whatever its status. For one rank to call.
     """
-    if _launcher_keeps_store():
+    if signals.launcher_keeps_store():
         _launchers_store(timeout).set("sr_dist/stopped", str(_attempt()))
 
 
 def _was_stopped(timeout: float) -> bool:
     """Whether an earlier attempt of the same launcher called `end_attempts`."""
-    if not _launcher_keeps_store():
+    if not signals.launcher_keeps_store():
         return False
     store, key = _launchers_store(timeout), "sr_dist/stopped"
     told = int(store.get(key)) if store.check([key]) else -1
@@ -324,7 +319,7 @@ def _join_again(backend: str, timeout: float) -> None:
     The launcher keeps one store for all attempts, and torch 2.14 leaves in it where the ranks of
     the first one listened; those of the second would knock there.
     """
-    if not _attempt() or not _launcher_keeps_store():
+    if not _attempt() or not signals.launcher_keeps_store():
         return
     torch.distributed.init_process_group(
         backend,
@@ -407,7 +402,7 @@ def joined(
         accelerator.num_processes,
         distributed_c10d._get_default_store() if several else None,
         timeout,
-        _launcher_keeps_store(),
+        signals.launcher_keeps_store(),
     )
     processes = Processes(
         accelerator=accelerator,

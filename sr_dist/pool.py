@@ -40,11 +40,14 @@ def in_turn(
         return
     futures = []
     try:
+        rest = iter(items)
         with _uninterrupted() as stopped:  # while a pool starts its processes
-            for item in items:
+            for item in rest:
+                futures.append(executor.submit(function, item))
                 if stopped():
                     break
-                futures.append(executor.submit(function, item))
+        # What came was an exception, or has a handler that lets the work go on.
+        futures += [executor.submit(function, item) for item in rest]
         for future in futures:
             yield future.result()
     except BaseException:
@@ -99,7 +102,7 @@ def _uninterrupted() -> Iterator[Callable[[], bool]]:
         signal.signal(number, lambda number, _: heard.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
-        yield lambda: bool(heard) or not signal.sigpending().isdisjoint(_STOPPING)
+        yield lambda: bool(heard) or not signal.sigpending().isdisjoint(handlers)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():

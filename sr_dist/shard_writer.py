@@ -175,7 +175,7 @@ def check_output(pictures: Sequence[tuple[Path, str]], output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; expected a folder, or nothing, there")
-    if any(path.parent.resolve() == output.resolve() for path, _ in pictures):
+    if output.resolve() in {folder.resolve() for folder in {path.parent for path, _ in pictures}}:
         raise UserError(f"{output} holds pictures that are read; choose another --output")
 
 

@@ -15,6 +15,11 @@ from sr_dist.errors import GO_ON, say_stopped
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+def launcher_keeps_store() -> bool:
+    """Whether torchrun or accelerate launch started this rank, and keeps the store of all ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 @contextmanager
 def left_at_once(again: str = "") -> Iterator[None]:
     """While nothing has begun that could be lost, `STOPPING` end this process.
@@ -23,13 +28,17 @@ def left_at_once(again: str = "") -> Iterator[None]:
     exception of a signal's handler would abort, print pages of, or swallow. `again`: what running
     the command again does; the exit status is then `GO_ON`, otherwise 128 and the signal's number.
     """
-    ignored = [number for number in STOPPING if signal.getsignal(number) == signal.SIG_IGN]
 
     def leave(numbers: socket.socket) -> None:
         while received := numbers.recv(1):
-            if received[0] in STOPPING and received[0] not in ignored:
-                say_stopped(again)
-                os._exit(GO_ON if again else 128 + received[0])
+            number = received[0]
+            if number in STOPPING:
+                try:
+                    # A launcher sends SIGTERM when another rank has ended, and has said why.
+                    if number != signal.SIGTERM or not launcher_keeps_store():
+                        say_stopped(again)
+                finally:  # also where Ctrl-C has ended who reads that
+                    os._exit(GO_ON if again else 128 + number)
 
     with heard_by(leave, lambda number, frame: None):
         yield
@@ -41,12 +50,14 @@ def heard_by(
 ) -> Iterator[None]:
     """`hear` reads a byte for each signal, in a thread; `handler` is for the main one, when it can.
 
-    Signals but `STOPPING` are heard too.
+    Signals but `STOPPING` are heard too; what is ignored stays so, as SIGINT in a script's `… &`.
     """
     theirs, ours = socket.socketpair()
     ours.setblocking(False)  # as set_wakeup_fd wants it
     before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {
-        each: signal.signal(each, handler) for each in STOPPING
+        each: signal.signal(each, handler)
+        for each in STOPPING
+        if signal.getsignal(each) != signal.SIG_IGN
     }
     wakeup = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
     listening = threading.Thread(target=hear, args=(theirs,), daemon=True, name="signals")

@@ -75,6 +75,7 @@ class Watch:
     ) -> None:
         self.rank, self.world_size, self.store, self.timeout = rank, world_size, store, timeout
         self.launcher_keeps_store = launcher_keeps_store
+        self.patience = timeout  # with other ranks
         self.step = 0  # the one that this rank has begun, kept by the loop
         self.asked: set[str] = set()
         self.wanted: set[str] = set()  # what some rank asked for, with its round
@@ -214,10 +215,10 @@ class Watch:
         One that is gone never does. This process then ends, and names it, before a launcher that
         has sent SIGTERM loses its patience (torchrun and accelerate launch after 30 s).
         """
-        timeout, self.timeout = self.timeout, min(self.timeout, _WAITING)
+        self.patience = min(self.timeout, _WAITING)
         while self.store is not None and what not in self.agreed:
             time.sleep(0.01)
-        self.timeout = timeout
+        self.patience = self.timeout
 
     def _key(self, what: str) -> str:
         return f"{what}/{self.rounds.get(what, 0)}"
@@ -377,13 +378,13 @@ class Watch:
         lost = [
             rank
             for rank, (_, when) in sorted(self.heard.items())
-            if now - when > self.timeout and not self._left_well(rank)
+            if now - when > self.patience and not self._left_well(rank)
         ]
         if not lost:
             told = self.rank != 0 and self.store.check(["lost"])
             return self.store.get("lost").decode() if told else ""
         names = ", ".join(map(str, lost))
-        why = f"no sign of life from rank {names} for {self.timeout:.0f} s"
+        why = f"no sign of life from rank {names} for {self.patience:.0f} s"
         if self.rank == 0:
             self.store.set("lost", why)
             time.sleep(4 * _PERIOD)  # in which they read it: the store may go with this rank

@@ -172,7 +172,7 @@ if "--dry-run" not in sys.argv:
     with_it = said(*command.split(), "run.output_dir=elsewhere")
     assert "content loss" not in with_it and "runs/" not in with_it
     assert with_it.count("elsewhere/quickstart_content") == 4 and "--logdir elsewhere " in with_it
-    assert said("--dry-run") == "\n"
+    assert said("--dry-run") == ""
     (tmp_path / "launch" / "train.py").write_text("raise SystemExit(2)")
     assert run("bash", tmp_path / "launch" / "quickstart.sh", PATH=path).returncode == 2
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -72,6 +72,24 @@ def test_the_rest_is_not_begun_after_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt), pool.local_workers(2) as executor:
         list(pool.in_turn(executor, double, numbers()))
     assert len(begun) < 10
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None], ids=["ignored", "noted"])
+def test_a_signal_that_stops_nothing_costs_no_work(
+    handler: signal.Handlers | Callable[..., None],
+) -> None:
+    def numbers() -> Iterator[int]:
+        for number in range(40):
+            if number in (4, 5):
+                os.kill(os.getpid(), signal.SIGINT)
+            yield number
+
+    former = signal.signal(signal.SIGINT, handler)
+    try:
+        with pool.local_workers(2) as executor:
+            assert list(pool.in_turn(executor, double, numbers())) == list(range(0, 80, 2))
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_a_worker_that_dies_costs_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,19 @@ def test_a_signal_while_torch_is_loaded_ends_a_command_at_once(
     tmp_path: Path, command: str, options: str, number: int, status: int, said: str
 ) -> None:
     """An exception in the midst of it may abort Python, or be lost as it is here."""
-    (tmp_path / "torch.py").write_text(
+    words = [sys.executable, REPOSITORY / command, *options.split()]
+    with loading(tmp_path, *words) as running:
+        running.send_signal(number)
+        _, heard = running.communicate(timeout=20)
+    assert running.returncode == status
+    assert heard.startswith(f"\n{said}") and heard.count("\n") == 2
+    assert not (tmp_path / "out").exists()
+
+
+@contextlib.contextmanager
+def loading(folder: Path, *command: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs there and loads a torch which takes its time, and loses Ctrl-C."""
+    (folder / "torch.py").write_text(
         """
 import time
 
@@ -101,21 +114,47 @@ while True:
         pass
 """
     )
-    images.save(np.zeros((96, 96, 3), np.uint8), tmp_path / "a.png")
+    images.save(np.zeros((96, 96, 3), np.uint8), folder / "a.png")
     with popen(
-        [sys.executable, str(REPOSITORY / command), *options.split()],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [str(word) for word in command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as running:
         assert running.stdout is not None and running.stdout.readline() == "loading\n"
-        running.send_signal(number)
+        yield running
+
+
+MAKE_SHARDS = (REPOSITORY / "tools/make_shards.py", "--images", ".", "--output", "out")
+TRAIN = (REPOSITORY / "launch/train.py", "--config", "a.yaml")
+
+
+@pytest.mark.parametrize("words", [TRAIN, MAKE_SHARDS], ids=["train", "make_shards"])
+def test_ctrl_c_that_ends_also_who_reads_what_a_command_says(
+    tmp_path: Path, words: tuple[str | Path, ...]
+) -> None:
+    """As in `… 2>&1 | tee log`."""
+    with loading(tmp_path, sys.executable, *words) as running:
+        assert running.stderr is not None
+        running.stderr.close()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=20) == 75
+
+
+@pytest.mark.parametrize("words", [TRAIN, MAKE_SHARDS], ids=["train", "make_shards"])
+def test_a_signal_that_is_ignored_from_the_start_stays_so(
+    tmp_path: Path, words: tuple[str | Path, ...]
+) -> None:
+    ignoring = ("bash", "-c", "trap '' INT; exec \"$@\"", "bash")
+    with loading(tmp_path, *ignoring, sys.executable, *words) as running:
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
         _, heard = running.communicate(timeout=20)
-    assert running.returncode == status
-    assert heard.startswith(f"\n{said}") and heard.count("\n") == 2
-    assert not (tmp_path / "out").exists()
+    assert running.returncode == 75 and heard.startswith("\nstopped.")
 
 
 def test_one_command_trains_a_run_and_ctrl_c_ends_it_in_one_line(
@@ -286,6 +325,7 @@ def test_a_mistake_is_said_once_before_ranks_are_joined() -> None:
     )
     assert launched.stderr.count("error (rank 1): everywhere alike") == 1
     assert launched.stderr.count("everywhere alike") == 1
+    assert "stopped" not in launched.stderr, "of rank 0, by the launcher"
     alone = run_ranks(2, worker, "early")
     assert alone.stderr == "error: everywhere alike\n"
 

@@ -7,11 +7,11 @@ import os
 import sys
 import time
 
-from sr_dist import distributed
+from sr_dist import distributed, signals
 from sr_dist.errors import UserError, exit_on_user_error
 
 if sys.argv[1:] == ["early"]:
-    with exit_on_user_error(), distributed.said_once():
+    with exit_on_user_error(), signals.left_at_once("again"), distributed.said_once():
         time.sleep(3 * (os.environ["RANK"] == "0"))
         raise UserError("everywhere alike")
 with exit_on_user_error(), distributed.joined("no", seed=0) as processes:
