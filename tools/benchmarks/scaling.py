@@ -115,7 +115,8 @@ def _measure(
     found: dict[str, list[float]] = {"together": [], "alone": [], "apart": []}
     for turn in range(_WARM_UP + arguments.repetitions):
         for way, rates in found.items():
-            processes.wait_for_all(f"{head} {turn} {way}")
+            processes.wait_for_all(f"{head} {turn} {way}")  # asleep, so that one has the machine
+            torch.distributed.barrier()  # and begin at the same time, as the steps of a run do
             run = together if way == "together" else apart
             images = 0.0  # a second, on this rank
             if way != "alone" or processes.is_main:
