@@ -124,10 +124,15 @@ def test_what_was_finished_before_a_kill_is_kept(
 ) -> None:
     """Killed as a machine without memory kills; what the command started ends with it."""
     options = (*many_pictures(photographs, tmp_path / "many"), "--workers", 2)
+
+    def victim(making: int) -> int:
+        (tmp_path / "out" / ".shard-000023.tar.0123abcd.part").touch()  # as if it wrote that
+        return children_of(making)[-1] if killed == "a worker" else making
+
     status, said = make_and_kill(
         tmp_path / "out",
         options,
-        lambda making: children_of(making)[-1] if killed == "a worker" else making,
+        victim,
         signal.SIGTERM if "SIGTERM" in killed else signal.SIGKILL,
     )
     if "SIGTERM" in killed:

@@ -271,8 +271,8 @@ def test_as_many_rows_are_tried_as_a_backward_multiplies(monkeypatch: pytest.Mon
     tried = []
     monkeypatch.setattr(ranks, "made_alike", lambda layer, rows: tried.append(rows))
     module = nn.Sequential(nn.Linear(24, 16))
-    assert ranks.factor(module, ranks.Factors(8, parts=2, cost=0.5), world_size=4) == []
-    assert tried == [8], "of HR and of SR, in each of two parts"
+    assert ranks.factor(module, ranks.Factors(8, parts=4, cost=0.5), world_size=4) == []
+    assert tried == [4], "of HR and of SR, in each of four parts"
 
 
 def test_a_factored_layer_has_the_gradients_of_a_plain_one() -> None:
