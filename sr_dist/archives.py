@@ -289,6 +289,7 @@ def _opened(path: Path, source: str) -> Iterator[list[Member]]:
             # Not the compressed kinds: what they unpack to is known only afterwards.
             with tarfile.open(path, "r:") as tar:
                 yield _members_of_tar(tar, source)
+    # zipfile raises NotImplementedError for a compression that it does not know.
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as e:
         raise UserError(
             f"{source} is damaged, or neither a zip nor an uncompressed tar: {e}. It is deleted; "

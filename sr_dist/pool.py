@@ -46,7 +46,7 @@ def in_turn(
                 futures.append(executor.submit(function, item))
                 if stopped():
                     break
-        # What came was an exception, or has a handler that lets the work go on.
+        # A signal that came has raised by now, or its handler lets the work go on.
         futures += [executor.submit(function, item) for item in rest]
         for future in futures:
             yield future.result()
@@ -138,8 +138,7 @@ def local_workers(number: int) -> Iterator[Executor | None]:
         yield executor
     except BrokenProcessPool:
         raise LostWorker(
-            f"one of the {number} worker processes died, as they do where memory runs out. Run the "
-            "same command to go on, with fewer --workers or a smaller --samples-per-shard."
+            f"one of the {number} worker processes died, as they do where memory runs out"
         ) from None
     finally:
         _shut_down(executor)

@@ -170,11 +170,11 @@ def factor(module: nn.Module, factors: Factors, world_size: int) -> list[str]:
             # To each other rank go 2 rows / world_size rows of factors, against, in a ring,
             # 2 / world_size of the weight.
             of_rows = factors.rows * factors.cost * (child.in_features + child.out_features)
+            if of_rows >= child.weight.numel():
+                continue
             layer = FactoredLinear(child, world_size)
             # What ranks that multiply otherwise make of the factors would drift apart.
-            if of_rows < child.weight.numel() and made_alike(
-                layer, 2 * factors.rows // factors.parts
-            ):
+            if made_alike(layer, 2 * factors.rows // factors.parts):
                 setattr(module, name, layer)
                 names.append(f"{name}.weight")
         else:

@@ -166,7 +166,7 @@ def write(arguments: argparse.Namespace) -> None:
         output = output.resolve()
     shard_writer.check_output(pictures, output)
     with signals.left_at_once(AGAIN):
-        import webdataset  # noqa: F401 (loads torch)
+        import webdataset  # noqa: F401 (here, since it loads torch, which `write` needs)
     try:
         with (
             dask_workers(arguments.dask)
@@ -181,7 +181,13 @@ def write(arguments: argparse.Namespace) -> None:
                 strict=arguments.strict,
                 progress=progress,
             )
-    except (KeyboardInterrupt, pool.LostWorker):
+    except pool.LostWorker as error:
+        shard_writer.remove_partial(output)
+        raise UserError(
+            f"{error}; run the same command to go on, with fewer --workers or a smaller "
+            "--samples-per-shard"
+        ) from None
+    except KeyboardInterrupt:
         if not arguments.dask:  # whose workers may still be writing
             shard_writer.remove_partial(output)
         raise
