@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import itertools
 import multiprocessing
+import os
+import queue
 import signal
+import threading
+import time
+import traceback
 from collections.abc import Generator, Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from sr_dist import stream, tensors
 from sr_dist.workers import end_with_parent
+
+_AHEAD = 4  # items that a worker has ready besides those in its pipe
+# What stops a run is sent to all its processes, but the rank decides, and needs its batches.
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class _Packed(NamedTuple):
+    """A `Batch` on its way from a loader worker: plain arrays, which go through its pipe.
+
+    Tensors would go through shared memory, which costs more for crops than copying them does, and
+    is short in many containers.
+    """
+
+    lr: npt.NDArray[np.uint8]  # (B, H, W, C)
+    hr: npt.NDArray[np.uint8]
+    skipped: tuple[str, ...]
+
+    @classmethod
+    def of(cls, batch: stream.Batch) -> _Packed:
+        lr, hr = (each.permute(0, 2, 3, 1).contiguous().numpy() for each in batch[:2])
+        return cls(lr, hr, batch.skipped)
+
+    def unpacked(self) -> stream.Batch:
+        lr, hr = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in self[:2])
+        return stream.Batch(lr, hr, self.skipped)
 
 
 def batches(
@@ -29,56 +61,114 @@ def batches(
         DataError: a shard is damaged, or a worker was killed.
     """
     per_rank = source.plan.global_batch_size // source.world_size
-    num_workers = min(num_workers, per_rank)
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_begin_worker,
-        collate_fn=_as_it_is,  # which by default makes tensors of arrays
-    )
-    others = set(multiprocessing.active_children())
-    parts = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
-    at_exit = functools.partial(_kill, workers)
-    atexit.register(at_exit)
-    try:
+    with _rows(source, min(num_workers, per_rank)) as rows:
         for _ in range(source.first_step, source.last_step):
-            # Workers take turns, so consecutive items are the parts of one batch.
-            rows = [_checked(_next(parts, workers)) for _ in range(max(1, num_workers))]
-            batch = _joined(rows)
+            batch = _joined([_checked(next(each)) for each in rows])
             if pin_memory and isinstance(batch, stream.Batch):  # which the joining would undo
                 batch = batch._replace(lr=batch.lr.pin_memory(), hr=batch.hr.pin_memory())
             yield batch
-    finally:
-        # Left to a traceback, the workers would be ended by the garbage collector, which closes
-        # their queues first and then waits 5 s for each.
-        del parts
-        # An error's traceback may hold on to them. At the end of the interpreter, multiprocessing
-        # would wait for ever for them to follow a SIGTERM, which they ignore.
-        if not any(worker.is_alive() for worker in workers):
-            atexit.unregister(at_exit)
 
 
-def _next(parts: Iterator[stream.Item], workers: set[BaseProcess]) -> stream.Item:
+@contextlib.contextmanager
+def _rows(
+    source: stream.CropStream, num_workers: int
+) -> Generator[list[Iterator[stream.Item | _Packed]], None, None]:
+    """What each loader worker makes, in their order; without any, what this process makes."""
+    if not num_workers:
+        with contextlib.closing(source.items()) as items:
+            yield [items]
+        return
+    # A pipe for each. Through one that they share, as those of torch's DataLoader do, a worker that
+    # is killed can leave a part of an item, for the rest of which the reader waits for ever.
+    workers: list[BaseProcess] = []
+    lines: list[Connection] = []
+    # At its own exit too: multiprocessing would wait there for workers that wait for a reader.
+    end = functools.partial(_end, workers, lines)
+    atexit.register(end)
     try:
-        return next(parts)
-    except (RuntimeError, ConnectionError, EOFError):  # where it met the end of the process
-        dead = connection.wait([worker.sentinel for worker in workers], timeout=5)
-        codes = {worker.exitcode for worker in workers if worker.sentinel in dead}
-        if not codes:
-            raise
-        raise stream.DataError(
-            f"a loader worker ended with status {codes.pop()} (-9: killed, as by a system that "
-            "runs out of memory; fewer data.num_workers need less). Run the same command to go on "
-            "from the last checkpoint."
-        ) from None
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)  # until the workers ignore them
+        try:
+            for worker in range(num_workers):
+                line, far_end = multiprocessing.Pipe(duplex=False)
+                lines.append(line)
+                arguments = (source, worker, num_workers, far_end, lines)
+                process = multiprocessing.Process(target=_work, args=arguments)
+                process.start()
+                workers.append(process)
+                far_end.close()  # the worker alone has it now, and the line ends with it
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield [_received(*each) for each in zip(workers, lines, strict=True)]
+    finally:
+        end()
+        atexit.unregister(end)
 
 
-def _kill(workers: set[BaseProcess]) -> None:
+def _end(workers: list[BaseProcess], lines: list[Connection]) -> None:
+    """A worker ends when it finds that nobody reads; before that it makes the item it is at."""
+    for line in lines:
+        line.close()
+    deadline = time.monotonic() + 5
     for worker in workers:
-        worker.kill()
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
+def _received(worker: BaseProcess, line: Connection) -> Iterator[stream.Item | _Packed]:
+    while True:
+        try:
+            item = line.recv()
+        except (EOFError, OSError):  # an OSError in the middle of an item
+            worker.join(timeout=5)
+            raise stream.DataError(
+                f"a loader worker ended with status {worker.exitcode} (-9: killed, as by a system "
+                "that runs out of memory; fewer data.num_workers need less). Run the same command "
+                "to go on from the last checkpoint."
+            ) from None
+        yield item
+
+
+def _work(
+    source: stream.CropStream,
+    worker: int,
+    num_workers: int,
+    far_end: Connection,
+    lines: list[Connection],
+) -> None:
+    """The loader worker: makes items until there are no more, or nobody reads them."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
+    for line in lines:  # or it would be a reader itself
+        line.close()
+    end_with_parent()
+    torch.set_num_threads(1)
+    made: queue.Queue[stream.Item | _Packed | None] = queue.Queue(_AHEAD)
+    unread = threading.Event()
+
+    def send() -> None:
+        try:
+            while (item := made.get()) is not None:
+                far_end.send(item)
+        except BrokenPipeError:
+            unread.set()
+            while made.get() is not None:
+                pass
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    sender = threading.Thread(target=send, daemon=True)  # not waited for where making items fails
+    sender.start()
+    with contextlib.closing(source.items(worker, num_workers)) as items:
+        for item in items:
+            if unread.is_set():
+                break
+            made.put(_Packed.of(item) if isinstance(item, stream.Batch) else item)
+    made.put(None)
+    sender.join()
 
 
 def _joined(rows: list[stream.Batch | stream.Encoded]) -> stream.Batch | stream.Encoded:
@@ -155,19 +245,7 @@ def on_device(
             yield ready
 
 
-def _checked(item: stream.Item) -> stream.Batch | stream.Encoded:
+def _checked(item: stream.Item | _Packed) -> stream.Batch | stream.Encoded:
     if isinstance(item, stream.DataError):
         raise item
-    return item.unpacked() if isinstance(item, stream.Packed) else item
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _begin_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    end_with_parent()
-    # What stops a run is sent to all its processes, but the rank decides, and needs its batches.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)
+    return item.unpacked() if isinstance(item, _Packed) else item

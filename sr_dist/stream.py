@@ -10,14 +10,12 @@ import dataclasses
 import functools
 import itertools
 import resource
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from sr_dist import images, shard_reader, shards, storage, tars, tensors
 from sr_dist.degradation import Degradation, degrade
@@ -30,27 +28,6 @@ class Batch(NamedTuple):
     lr: Tensor  # (B, C, H, W) uint8
     hr: Tensor  # (B, C, sH, sW) uint8
     skipped: tuple[str, ...]  # samples that gave way to others, and why
-
-
-class Packed(NamedTuple):
-    """A `Batch` on its way from a loader worker: plain arrays, which go through its pipe.
-
-    Tensors would go through shared memory, which costs more for crops than copying them does, and
-    is short in many containers.
-    """
-
-    lr: npt.NDArray[np.uint8]  # (B, H, W, C)
-    hr: npt.NDArray[np.uint8]
-    skipped: tuple[str, ...]
-
-    @classmethod
-    def of(cls, batch: Batch) -> Packed:
-        lr, hr = (each.permute(0, 2, 3, 1).contiguous().numpy() for each in batch[:2])
-        return cls(lr, hr, batch.skipped)
-
-    def unpacked(self) -> Batch:
-        lr, hr = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in self[:2])
-        return Batch(lr, hr, self.skipped)
 
 
 class EncodedCrop(NamedTuple):
@@ -72,16 +49,14 @@ class DataError(UserError):
     """A shard that does not hold what its index says, or a loader that ended."""
 
 
-Item = Batch | Packed | Encoded | DataError
+Item = Batch | Encoded | DataError
 
 
 @dataclasses.dataclass(frozen=True)
-class CropStream(IterableDataset[Any]):
-    """Yields the rows of global steps `first_step` to `last_step` that belong to this worker.
+class CropStream:
+    """The rows of global steps `first_step` to `last_step` that belong to one rank.
 
-    Each item is a `Batch` (`Packed` in a loader worker, `Encoded` where `decode` is nvjpeg), or a
-    `DataError` in place of raising it: an exception that crosses processes loses its type. Make
-    batches of them with `loading.batches`.
+    Make batches of them with `loading.batches`.
     """
 
     index: shards.Index
@@ -99,9 +74,11 @@ class CropStream(IterableDataset[Any]):
     settings: storage.Settings = storage.DEFAULT
     decode: str = "cpu"  # or nvjpeg: JPEGs are left for the device to decode
 
-    def __iter__(self) -> Iterator[Item]:
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+    def items(self, worker: int = 0, num_workers: int = 1) -> Generator[Item, None, None]:
+        """Those of one loader worker: of each step a `Batch`, `Encoded` where nvJPEG decodes.
+
+        A `DataError` comes in place of being raised: processes hand on what they yield.
+        """
         rows = shards.rows_of_worker(
             self.plan.global_batch_size, self.rank, self.world_size, worker, num_workers
         )
@@ -121,8 +98,7 @@ class CropStream(IterableDataset[Any]):
                     )
                 else:
                     lr = tensors.downscale(hr, self.scale)
-                batch = Batch(lr, hr, reader.report())
-                yield batch if info is None else Packed.of(batch)
+                yield Batch(lr, hr, reader.report())
         except UserError as error:
             yield error if isinstance(error, DataError) else DataError(str(error))
 
