@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     parse_flag_from_env,
@@ -25,7 +24,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from sr_dist import machine, signals
+from sr_dist import machine, ranks, signals
 from sr_dist.errors import LostRank, Stopped, UserError
 from sr_dist.watch import Watch
 
@@ -42,7 +41,7 @@ class Processes:
     device: torch.device
     mixed_precision: str  # no, bf16 or fp16
     watch: Watch
-    compression: str  # of gradients on their way: none or bf16
+    reductions: ranks.Reductions  # of gradients that are on their way
 
     @property
     def is_main(self) -> bool:
@@ -70,7 +69,11 @@ class Processes:
         with warnings.catch_warnings():
             # torch 2.14 renames the option; older releases lack the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+            wrapped, optimizer = self.accelerator.prepare(module, optimizer)
+        if self.world_size > 1:
+            # A function of its own: torch knows no annotations that are text.
+            wrapped.register_comm_hook(None, lambda _, bucket: self.reductions.begin_bucket(bucket))
+        return wrapped, optimizer
 
     def rehearse(self, wrapped: nn.Module, example: Tensor) -> None:
         """Reduce gradients once, of no consequence, before the first step of `wrapped`.
@@ -84,6 +87,7 @@ class Processes:
         wrapped.eval()  # BatchNorm's and spectral norm's buffers stay
         with torch.compiler.set_stance("force_eager"):  # of other shapes than the steps' are
             wrapped(example.to(self.device)).float().mean().backward()
+        self.reductions.finish()
         wrapped.train()
         for parameter in wrapped.parameters():
             parameter.grad = None
@@ -96,7 +100,10 @@ class Processes:
         self.accelerator.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
 
     def reduced(self, module: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
-        """For the forward and backward of one part of a batch: gradients are reduced if `now`."""
+        """For the forward and backward of one part of a batch: gradients are reduced if `now`.
+
+        That is then begun; `step` waits for it.
+        """
         if now or self.world_size == 1:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(module)  # type: ignore[no-any-return]
@@ -107,14 +114,14 @@ class Processes:
         if self.world_size == 1:
             return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        sent = flat.bfloat16() if self.compression == "bf16" else flat
-        torch.distributed.all_reduce(sent.div_(self.world_size))
-        parts = torch.split(sent, [gradient.numel() for gradient in gradients])
+        self.reductions.begin(flat)
+        self.reductions.finish()
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
         shaped = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
         torch._foreach_copy_(list(gradients), shaped)
 
     def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Update what the optimiser trains, unless its gradient is not finite.
+        """Update what the optimiser trains, unless its gradient, of all ranks, is not finite.
 
         The gradient is first cut to the `clip_norm` of the optimiser's group, if it has one; its
         length before that is returned. Nothing waits for the device: the fused optimiser looks at
@@ -123,6 +130,7 @@ class Processes:
         """
         (group,) = optimizer.param_groups
         scaler, bare = self.accelerator.scaler, optimizer.optimizer  # type: ignore[attr-defined]
+        self.reductions.finish()
         if scaler:
             scaler.unscale_(bare)
         gradients = [p.grad for p in group["params"] if p.grad is not None]
@@ -330,9 +338,7 @@ def _join_again(backend: str, timeout: float) -> None:
     )
 
 
-def _accelerator(
-    on_cpu: bool, mixed_precision: str | None, timeout: float, compression: str
-) -> Accelerator:
+def _accelerator(on_cpu: bool, mixed_precision: str | None, timeout: float) -> Accelerator:
     """Made where all processes meet."""
     # NCCL's own watch would end the process before ours has named the rank that is gone.
     patience = timeout if on_cpu else timeout + 60
@@ -342,14 +348,7 @@ def _accelerator(
         mixed_precision=mixed_precision,
         kwargs_handlers=[
             # BatchNorm's buffers are averaged before they are used, not sent at every forward.
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                # The member, since accelerate takes no notice of its name as a string.
-                comm_hook=DDPCommunicationHookType.BF16
-                if compression == "bf16"
-                else DDPCommunicationHookType.NO,
-            ),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=patience)),
         ],
     )
@@ -381,7 +380,7 @@ def joined(
     try:
         if _was_stopped(timeout):
             raise Stopped("stopped before the launcher started it again; the same command goes on")
-        accelerator = _accelerator(on_cpu, mixed_precision, timeout, compression)
+        accelerator = _accelerator(on_cpu, mixed_precision, timeout)
     except torch.distributed.DistError as error:
         raise LostRank(
             f"the {launched_world_size()} processes could not meet: {str(error).splitlines()[0]}"
@@ -411,7 +410,7 @@ def joined(
         device=accelerator.device,
         mixed_precision=str(accelerator.mixed_precision),
         watch=watch,
-        compression=compression,
+        reductions=ranks.Reductions(accelerator.num_processes, compression),
     )
     try:
         with watch:

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ def build_networks(
         if sync_batchnorm and processes.world_size > 1:
             ranks.synchronise(module)
         _to(module, processes.device)
-        factored = ranks.factor(module, factors, processes.world_size) if factors else []
+        factored = ranks.factor(module, factors, processes.reductions) if factors else []
         if compiled:
             # Both share code of accelerate's, and would be taken for one that varies in size.
             module.compile(dynamic=False)
@@ -268,14 +268,18 @@ def compute_gradients(
     """
     lr, hr = (_on_device(batch, processes.device) for batch in (lr, hr))
     parts = list(zip(lr.chunk(accumulation_steps), hr.chunk(accumulation_steps), strict=True))
-    sr = None
+    sr = begun = None
     if len(parts) == 1:
         sr = networks.wrapped_generator(lr)  # the one forward that both use
     if objective.is_adversarial:
         assert networks.discriminator is not None
         scalars = discriminator_gradients(processes, networks, objective, parts, sr)
+        # While those are averaged. The discriminator's update may change fp16's loss scale, which
+        # must be one for all terms.
+        if sr is not None and processes.mixed_precision != "fp16":
+            begun = begin_generator(processes, objective, sr, hr)
         yield graphs.Gradients.found("discriminator", networks.discriminator, scalars)
-    scalars = generator_gradients(processes, networks, objective, parts, sr)
+    scalars = generator_gradients(processes, networks, objective, parts, sr, begun)
     yield graphs.Gradients.found("generator", networks.generator, scalars)
 
 
@@ -319,6 +323,7 @@ def relative_cost(
             if terms.r1_weight:
                 apart = apart + losses.gradient_penalty(real, pictures)
             torch.autograd.backward(apart)
+            processes.reductions.finish()
         found = generator_terms(processes, discriminator, terms, sr, hr)
         torch.autograd.backward(torch.stack(list(found.values())).sum())
         synchronize()
@@ -389,10 +394,11 @@ def generator_gradients(
     objective: Objective,
     parts: Sequence[tuple[Tensor, Tensor]],
     sr: Tensor | None,
+    begun: Begun | None = None,
 ) -> Scalars:
     """The generator's on `parts` of (LR, HR), against the frozen discriminator.
 
-    `sr`: as for `discriminator_gradients`, with its graph.
+    `sr`: as for `discriminator_gradients`, with its graph. `begun`: by `begin_generator`, for it.
     """
     generator, optimizer = networks.wrapped_generator, networks.optimizers["generator"]
     optimizer.zero_grad(set_to_none=True)
@@ -400,12 +406,33 @@ def generator_gradients(
     for number, (lr, hr) in enumerate(parts):
         with processes.reduced(generator, number == len(parts) - 1):
             results = generator(lr) if sr is None else sr
-            terms = generator_terms(processes, networks.discriminator, objective, results, hr)
-            loss = torch.stack(list(terms.values())).sum()
-            processes.backward(loss / len(parts))
-        scalars = {f"loss/{name}": term.detach() for name, term in terms.items()}
-        found.append({"loss/generator": loss.detach(), **scalars})
+            at_sr, terms = begun or begin_generator(processes, objective, results, hr, len(parts))
+            if objective.is_adversarial:
+                term = adversarial_term(processes, networks.discriminator, objective, at_sr, hr)
+                processes.backward(term / len(parts))
+                terms = terms | {"adversarial": term.detach()}
+            results.backward(at_sr.grad)
+        loss = torch.stack(list(terms.values())).sum()
+        found.append({"loss/generator": loss, **{f"loss/{name}": terms[name] for name in terms}})
     return _means(found)
+
+
+class Begun(NamedTuple):
+    """The generator's loss in part, back-propagated to SR."""
+
+    at_sr: Tensor  # SR without its graph, with a gradient
+    terms: Scalars  # detached
+
+
+def begin_generator(
+    processes: Processes, objective: Objective, sr: Tensor, hr: Tensor, parts: int = 1
+) -> Begun:
+    """The terms that do not ask the discriminator, of one of so many parts of a batch."""
+    at_sr = sr.detach().requires_grad_()
+    terms = terms_apart(processes, objective, at_sr, hr)
+    if terms:
+        processes.backward(torch.stack(list(terms.values())).sum() / parts)
+    return Begun(at_sr, {name: term.detach() for name, term in terms.items()})
 
 
 def generator_terms(
@@ -415,11 +442,15 @@ def generator_terms(
     sr: Tensor,
     hr: Tensor,
 ) -> Scalars:
-    """The weighted terms of the generator's loss for its output `sr` and `hr`, float in [0, 1].
+    """The weighted terms of the generator's loss for its output `sr` and `hr`, float in [0, 1]."""
+    terms = terms_apart(processes, objective, sr, hr)
+    if objective.is_adversarial:
+        terms["adversarial"] = adversarial_term(processes, discriminator, objective, sr, hr)
+    return terms
 
-    `discriminator`: the bare module, not DistributedDataParallel: its parameters get no gradient,
-    so there is nothing to reduce.
-    """
+
+def terms_apart(processes: Processes, objective: Objective, sr: Tensor, hr: Tensor) -> Scalars:
+    """`generator_terms`, those that do not ask the discriminator."""
     terms: Scalars = {}
     if objective.pixel_weight:
         terms["pixel"] = objective.pixel_weight * losses.pixel_loss(objective.pixel)(sr, hr)
@@ -429,22 +460,34 @@ def generator_terms(
             down, right = objective.shift
             shifted = (batch[..., down:, right:] for batch in (sr, hr))
             terms["content"] = objective.content_weight * objective.content(*shifted)
-    if objective.is_adversarial:
-        assert discriminator is not None
-        discriminator.requires_grad_(False)
-        with processes.autocast():
-            fake, real = discriminator(sr), None
-            if objective.adversarial == "relativistic_average":
-                real = discriminator(hr).detach().float()
-        discriminator.requires_grad_(True)
-        terms["adversarial"] = objective.adversarial_weight * losses.generator_adversarial(
-            fake.float(), objective.adversarial, real, ranks.mean_of_all
-        )
     if objective.total_variation_weight:
         terms["total_variation"] = objective.total_variation_weight * losses.total_variation(
             sr, objective.total_variation
         )
     return terms
+
+
+def adversarial_term(
+    processes: Processes,
+    discriminator: nn.Module | None,
+    objective: Objective,
+    sr: Tensor,
+    hr: Tensor,
+) -> Tensor:
+    """`discriminator`: the bare module, not DistributedDataParallel: its parameters get no
+    gradient, so there is nothing to reduce.
+    """
+    assert discriminator is not None
+    discriminator.requires_grad_(False)
+    with processes.autocast():
+        fake, real = discriminator(sr), None
+        if objective.adversarial == "relativistic_average":
+            real = discriminator(hr).detach().float()
+    discriminator.requires_grad_(True)
+    value = losses.generator_adversarial(
+        fake.float(), objective.adversarial, real, ranks.mean_of_all
+    )
+    return objective.adversarial_weight * value
 
 
 def _move_spectral_norms(discriminator: nn.Module, move: bool) -> None:

@@ -4,12 +4,68 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Reductions:
+    """Gradients on their way to be the means of all ranks; what needs them ends this by `finish`.
+
+    Until then the next thing can be computed, while messages travel and slower ranks come.
+    """
+
+    def __init__(self, world_size: int, compression: str) -> None:
+        """`compression` of what is sent: bf16, or none."""
+        self.world_size, self._compression = world_size, compression
+        self._begun: list[Callable[[], None]] = []
+
+    def __deepcopy__(self, memo: object) -> Reductions:
+        return self  # a copy of a network sends among the same ranks, in the same order
+
+    def begin(self, flat: Tensor) -> None:
+        """Make `flat`, floating point, its mean over ranks."""
+        sent = flat.bfloat16() if self._compression == "bf16" else flat
+        work = torch.distributed.all_reduce(sent.div_(self.world_size), async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            if sent is not flat:
+                flat.copy_(sent)
+
+        self._begun.append(finish)
+
+    def begin_bucket(
+        self,
+        bucket: torch.distributed.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
+        """A hook of DistributedDataParallel, which is not let wait: it takes them for averaged."""
+        flat = bucket.buffer()
+        self.begin(flat)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(flat)
+        return done
+
+    def begin_gather(self, rows: Tensor, use: Callable[[Tensor], None]) -> None:
+        """Have `use` called with the `rows` of all ranks, one after the other."""
+        everyones = [torch.empty_like(rows) for _ in range(self.world_size)]
+        work = torch.distributed.all_gather(everyones, rows, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            use(torch.cat(everyones))
+
+        self._begun.append(finish)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        begun, self._begun = self._begun, []
+        for finish in begun:
+            finish()
 
 
 class _Sum(torch.autograd.Function):
@@ -95,10 +151,10 @@ class FactoredLinear(nn.Module):
     DistributedDataParallel must leave such a weight alone. Cannot be differentiated twice.
     """
 
-    def __init__(self, plain: nn.Linear, world_size: int) -> None:
-        """`world_size`: 1 makes the gradient of this rank alone."""
+    def __init__(self, plain: nn.Linear, reductions: Reductions) -> None:
+        """`reductions`: those whose end gives the weight its gradient; of one rank the backward."""
         super().__init__()
-        self.weight, self.bias, self.world_size = plain.weight, plain.bias, world_size
+        self.weight, self.bias, self.reductions = plain.weight, plain.bias, reductions
         self.rows: list[Tensor] = []  # factors of this backward: inputs and outputs beside another
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +165,7 @@ class FactoredLinear(nn.Module):
         return out
 
     def add_rows(self, x: Tensor, gradient: Tensor) -> None:
-        """Inside a backward, at whose end `weight.grad` gets what they make."""
+        """Inside a backward, at whose end what they make is on its way to `weight.grad`."""
         if not self.rows:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self.rows.append(torch.cat([x, gradient], dim=1))
@@ -118,10 +174,12 @@ class FactoredLinear(nn.Module):
     def _finish(self) -> None:
         rows = torch.cat(self.rows)
         self.rows = []
-        if self.world_size > 1:
-            everyones = [torch.empty_like(rows) for _ in range(self.world_size)]
-            torch.distributed.all_gather(everyones, rows)
-            rows = torch.cat(everyones)
+        if self.reductions.world_size > 1:
+            self.reductions.begin_gather(rows, self._add)
+        else:
+            self._add(rows)
+
+    def _add(self, rows: Tensor) -> None:
         product = self.multiply(rows)
         self.weight.grad = product if self.weight.grad is None else self.weight.grad + product
 
@@ -129,7 +187,7 @@ class FactoredLinear(nn.Module):
         """The weight's gradient, of `rows` of all ranks, (rows, inputs and outputs)."""
         outputs, inputs = self.weight.shape
         x, gradient = torch.split(rows.to(self.weight.dtype), [inputs, outputs], dim=1)
-        return (gradient / self.world_size).t() @ x
+        return (gradient / self.reductions.world_size).t() @ x
 
 
 class _FactoredLinear(torch.autograd.Function):
@@ -157,7 +215,7 @@ class Factors:
     cost: float = 1.0  # bytes of a number of the factors over those of one of a gradient
 
 
-def factor(module: nn.Module, factors: Factors, world_size: int) -> list[str]:
+def factor(module: nn.Module, factors: Factors, reductions: Reductions) -> list[str]:
     """Put a `FactoredLinear` in the place of each Linear for which that is less to send.
 
     For all ranks at once. Returns the names of their weights, which get their gradients here.
@@ -165,20 +223,20 @@ def factor(module: nn.Module, factors: Factors, world_size: int) -> list[str]:
     names = []
     for name, child in module.named_children():
         if type(child) is nn.Linear:  # none whose weight is computed, as spectral norm's
-            if child.weight.is_cuda and world_size == 1:
+            if child.weight.is_cuda and reductions.world_size == 1:
                 continue  # nothing is sent; whether one product then gains has not been measured
             # To each other rank go 2 rows / world_size rows of factors, against, in a ring,
             # 2 / world_size of the weight.
             of_rows = factors.rows * factors.cost * (child.in_features + child.out_features)
             if of_rows >= child.weight.numel():
                 continue
-            layer = FactoredLinear(child, world_size)
+            layer = FactoredLinear(child, reductions)
             # What ranks that multiply otherwise make of the factors would drift apart.
             if made_alike(layer, 2 * factors.rows // factors.parts):
                 setattr(module, name, layer)
                 names.append(f"{name}.weight")
         else:
-            names += [f"{name}.{inner}" for inner in factor(child, factors, world_size)]
+            names += [f"{name}.{inner}" for inner in factor(child, factors, reductions)]
     return names
 
 
@@ -189,13 +247,14 @@ def made_alike(layer: FactoredLinear, rows: int) -> bool:
     With other processors or libraries they may not, and with more rows, which are multiplied in
     blocks, sooner than with few.
     """
-    if layer.world_size == 1:
+    world_size = layer.reductions.world_size
+    if world_size == 1:
         return True
     random = torch.Generator().manual_seed(0)
     numbers = torch.rand(rows, sum(layer.weight.shape), generator=random)
     product = layer.multiply(numbers.to(layer.weight.device)).cpu().numpy()
     digest = np.frombuffer(hashlib.sha256(product.tobytes()).digest(), np.int64)
     own = torch.from_numpy(digest.copy()).to(layer.weight.device)
-    everyones = [torch.empty_like(own) for _ in range(layer.world_size)]
+    everyones = [torch.empty_like(own) for _ in range(world_size)]
     torch.distributed.all_gather(everyones, own)
     return all(torch.equal(one, own) for one in everyones)

@@ -65,7 +65,10 @@ def test_what_a_step_sends_on_512_ranks() -> None:
     assert {way: sent["gradients"] for way, sent in found.items()} == {
         way: 4 * number for way, number in numbers.items()
     }
-    assert found["factors"]["others"] == 1
+    messages = {"linear": 3, "gap": 3, "gap in parts": 3, "warm-up": 1, "factors": 4}
+    assert {way: sent["messages"] for way, sent in found.items()} == messages
     assert found["factors"]["factors"] == 4 * 2 * 2 * (512 * 36 + 1024)  # 2 crops on each rank
-    assert all(sent["others"] == 0 for way, sent in found.items() if way != "factors")
+    meanwhile = {"linear": 2, "gap": 2, "gap in parts": 0, "warm-up": 0, "factors": 3}
+    assert {way: sent["meanwhile"] for way, sent in found.items()} == meanwhile
+    assert all(sent["others"] == 0 for sent in found.values())
     assert found["linear"]["discriminator"] == linear and found["gap"]["generator"] == generator

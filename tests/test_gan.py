@@ -271,7 +271,9 @@ def test_as_many_rows_are_tried_as_a_backward_multiplies(monkeypatch: pytest.Mon
     tried = []
     monkeypatch.setattr(ranks, "made_alike", lambda layer, rows: tried.append(rows))
     module = nn.Sequential(nn.Linear(24, 16))
-    assert ranks.factor(module, ranks.Factors(8, parts=4, cost=0.5), world_size=4) == []
+    assert (
+        ranks.factor(module, ranks.Factors(8, parts=4, cost=0.5), ranks.Reductions(4, "none")) == []
+    )
     assert tried == [4], "of HR and of SR, in each of four parts"
 
 
@@ -280,12 +282,14 @@ def test_a_factored_layer_has_the_gradients_of_a_plain_one() -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(24, 16), nn.LeakyReLU(), nn.Linear(16, 1)).double()
     ours = copy.deepcopy(plain)
-    assert ranks.factor(ours, ranks.Factors(10), world_size=1) == []
-    assert ranks.factor(ours, ranks.Factors(9, cost=2), world_size=1) == []
-    assert ranks.factor(ours, ranks.Factors(9), world_size=1) == ["0.weight"]
+    assert ranks.factor(ours, ranks.Factors(10), ranks.Reductions(1, "none")) == []
+    assert ranks.factor(ours, ranks.Factors(9, cost=2), ranks.Reductions(1, "none")) == []
+    assert ranks.factor(ours, ranks.Factors(9), ranks.Reductions(1, "none")) == ["0.weight"]
     assert ours.state_dict().keys() == plain.state_dict().keys()
     normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(24, 16)))
-    assert ranks.factor(normed, ranks.Factors(1), world_size=1) == [], "its weight is computed"
+    assert ranks.factor(normed, ranks.Factors(1), ranks.Reductions(1, "none")) == [], (
+        "its weight is computed"
+    )
     x = torch.ones(3, 24, dtype=torch.float64, requires_grad=True)
     x.register_hook(lambda _: 1 / 0)  # after the layer has added its rows
     with pytest.raises(ZeroDivisionError):

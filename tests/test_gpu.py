@@ -201,8 +201,10 @@ def test_a_factored_layer_has_the_gradients_of_a_plain_one(
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(256, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1)).to(device)
     ours = copy.deepcopy(plain)
-    assert ranks.factor(ours, ranks.Factors(4), world_size=1) == [], "nothing is sent"
-    ours[0] = ranks.FactoredLinear(ours[0], 1)
+    assert ranks.factor(ours, ranks.Factors(4), ranks.Reductions(1, "none")) == [], (
+        "nothing is sent"
+    )
+    ours[0] = ranks.FactoredLinear(ours[0], ranks.Reductions(1, "none"))
     found = []
     for module in (plain, ours):
         x = torch.linspace(-1, 1, 4 * 256, device=device).view(4, 256).requires_grad_()

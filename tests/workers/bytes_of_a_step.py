@@ -1,7 +1,7 @@
 """As rank 0 of 512, of which the others are pretended: what a training step would send.
 
-Prints a JSON object: bytes that are reduced for each way of training, and the number of trained
-parameters.
+Prints a JSON object: for each way of training the bytes that are reduced, the messages of them,
+those under way while a part of the generator's loss is computed, and the trained parameters.
 """
 
 import dataclasses
@@ -28,27 +28,29 @@ def trained(module: torch.nn.Module) -> int:
 
 
 def main(processes: distributed.Processes) -> None:
-    sent: dict[str, int] = {"gradients": 0, "buckets": 0, "factors": 0, "others": 0}
-
-    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        sent["gradients"] += bucket.buffer().nbytes
-        sent["buckets"] += 1
-        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
+    sent: dict[str, int] = {"gradients": 0, "messages": 0, "factors": 0, "others": 0}
 
     names = ("all_reduce", "all_gather", "broadcast", "barrier", "reduce", "all_gather_object")
     for name in names:
         real = getattr(dist, name)
 
         def counted(*arguments: Any, real: Any = real, name: str = name, **options: Any) -> Any:
-            sent["others"] += 1
-            if name == "all_gather":
-                sent["factors"] += arguments[1].nbytes
+            if options.get("async_op"):  # of gradients
+                sent["messages"] += 1
+                sent["factors" if name == "all_gather" else "gradients"] += arguments[-1].nbytes
+            else:
+                sent["others"] += 1
             return real(*arguments, **options)
 
         setattr(dist, name, counted)
 
+    terms_apart = gan.terms_apart
+
+    def meanwhile(*arguments: Any) -> dict[str, torch.Tensor]:
+        sent["meanwhile"] = len(processes.reductions._begun)
+        return terms_apart(*arguments)
+
+    gan.terms_apart = meanwhile
     found: dict[str, Any] = {"world_size": processes.world_size}
     for way, head, parts, weight in (
         ("linear", "linear", 1, 0.1),
@@ -66,8 +68,6 @@ def main(processes: distributed.Processes) -> None:
             half_life=10,
             factors=ranks.Factors(1) if way == "factors" else None,
         )
-        networks.wrapped_generator.register_comm_hook(None, count)
-        networks.wrapped_discriminator.register_comm_hook(None, count)
         objective = gan.build_objective(
             **dataclasses.asdict(
                 config.Loss(
@@ -79,7 +79,7 @@ def main(processes: distributed.Processes) -> None:
         )
         hr = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
         gan.apply_settings(networks, {n: adamw for n in networks.optimizers}, 0, 100)
-        sent.update(gradients=0, buckets=0, factors=0, others=0)
+        sent.update(gradients=0, messages=0, factors=0, others=0)
         gan.training_step(
             *(processes, networks, objective, hr[..., ::4, ::4].contiguous(), hr),
             images_seen=0,
@@ -95,7 +95,6 @@ def main(processes: distributed.Processes) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group = pretend
-    distributed.Processes.rehearse = lambda *_: None  # after it no hook could count
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     with distributed.joined("no", seed=0) as processes:

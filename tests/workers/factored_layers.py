@@ -19,6 +19,6 @@ with distributed.joined("no", seed=0) as processes:
     found = []
     for rows in (4, 128):
         module = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 1))
-        found.append(ranks.factor(module, ranks.Factors(rows), processes.world_size))
+        found.append(ranks.factor(module, ranks.Factors(rows), processes.reductions))
     torch.distributed.barrier()
     print(json.dumps(found), flush=True)

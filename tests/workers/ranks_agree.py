@@ -34,6 +34,7 @@ def averaged_otherwise(processes: distributed.Processes, networks: gan.Networks)
     for module in (networks.wrapped_generator, networks.generator):
         networks.generator.zero_grad()
         module(lr).square().mean().backward()
+        processes.reductions.finish()
         trained = [p for p in networks.generator.parameters() if p.requires_grad]
         if module is networks.generator:
             processes.average([p.grad for p in trained if p.grad is not None])

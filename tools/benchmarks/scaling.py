@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks import measuring, step
-from sr_dist import gan
+from sr_dist import gan, ranks
 from sr_dist.distributed import Processes, joined
 from sr_dist.errors import UserError
 
@@ -108,7 +108,7 @@ def _measure(
         processes, step.build_networks(processes, scale, size, head), objective
     )
     fields = {f.name: getattr(processes, f.name) for f in dataclasses.fields(processes)}
-    single = _Apart(**{**fields, "world_size": 1})
+    single = _Apart(**{**fields, "world_size": 1, "reductions": ranks.Reductions(1, "none")})
     networks = step.build_networks(single, scale, arguments.batch_size, head)
     apart = step.our_step(single, networks, objective)
     synchronize = measuring.synchronizer(processes.device)
