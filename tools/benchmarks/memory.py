@@ -7,6 +7,8 @@ what they keep has to go for what comes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -66,7 +68,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             crop_size=arguments.crop_size,
             scale=arguments.scale,
             crops_per_image=1,
-            steps=steps,
+            steps=2 * steps,  # the worker, which ends when it has made all, is measured at work
         )
         held = source.plan.window * arguments.batch_size
         if index.samples <= held:
@@ -76,11 +78,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             )
         # Not before the second epoch is well begun: the windows are full by then.
         begun = min(steps, max(steps // 10, source.plan.steps_per_epoch * 5 // 4))
-        used = [
-            _megabytes()
-            for step, _ in enumerate(loading.batches(source, num_workers=1, pin_memory=False))
-            if step + 1 in (begun, steps)
-        ]
+        with contextlib.closing(loading.batches(source, 1, pin_memory=False)) as batches:
+            used = [
+                _megabytes()
+                for step, _ in enumerate(itertools.islice(batches, steps))
+                if step + 1 in (begun, steps)
+            ]
     return {
         "what": "memory",
         "ours": round(used[-1], 1),
