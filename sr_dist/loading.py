@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import itertools
@@ -10,10 +9,12 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
@@ -78,20 +79,19 @@ def _rows(
         with contextlib.closing(source.items()) as items:
             yield [items]
         return
-    # A pipe for each. Through one that they share, as those of torch's DataLoader do, a worker that
+    # A line to each. Through one that they share, as those of torch's DataLoader do, a worker that
     # is killed can leave a part of an item, for the rest of which the reader waits for ever.
     workers: list[BaseProcess] = []
     lines: list[Connection] = []
-    # At its own exit too: multiprocessing would wait there for workers that wait for a reader.
-    end = functools.partial(_end, workers, lines)
-    atexit.register(end)
+    # At the exit of this process too, before multiprocessing waits there for all workers.
+    end = util.Finalize(None, functools.partial(_end, workers, lines), exitpriority=10)
     try:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)  # until the workers ignore them
         try:
             for worker in range(num_workers):
-                line, far_end = multiprocessing.Pipe(duplex=False)
+                line, far_end = multiprocessing.Pipe()
                 lines.append(line)
-                arguments = (source, worker, num_workers, far_end, lines)
+                arguments = (source, worker, num_workers, far_end)
                 process = multiprocessing.Process(target=_work, args=arguments)
                 process.start()
                 workers.append(process)
@@ -101,12 +101,16 @@ def _rows(
         yield [_received(*each) for each in zip(workers, lines, strict=True)]
     finally:
         end()
-        atexit.unregister(end)
 
 
 def _end(workers: list[BaseProcess], lines: list[Connection]) -> None:
-    """A worker ends when it finds that nobody reads; before that it makes the item it is at."""
+    """A worker ends when it finds that nobody reads; before that it makes the item it is at.
+
+    Later children of this process have its lines open as well: closing them would tell nothing.
+    """
     for line in lines:
+        with socket.socket(fileno=os.dup(line.fileno())) as same, contextlib.suppress(OSError):
+            same.shutdown(socket.SHUT_RDWR)  # of a worker that has ended some systems mind it
         line.close()
     deadline = time.monotonic() + 5
     for worker in workers:
@@ -135,14 +139,11 @@ def _work(
     worker: int,
     num_workers: int,
     far_end: Connection,
-    lines: list[Connection],
 ) -> None:
     """The loader worker: makes items until there are no more, or nobody reads them."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
-    for line in lines:  # or it would be a reader itself
-        line.close()
     end_with_parent()
     torch.set_num_threads(1)
     made: queue.Queue[stream.Item | _Packed | None] = queue.Queue(_AHEAD)
@@ -152,7 +153,7 @@ def _work(
         try:
             while (item := made.get()) is not None:
                 far_end.send(item)
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             unread.set()
             while made.get() is not None:
                 pass

@@ -178,6 +178,8 @@ class Watch:
     def begin(self, step: int) -> None:
         """The loop begins `step`."""
         self.step = step
+        if self.signal:  # whose exception met code that swallows those, as Python's around a fork
+            self.ask("stop")
 
     def ask(self, what: str) -> None:
         """Ask that all ranks do something (a word, as `stop`) at the end of the same step."""

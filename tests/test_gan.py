@@ -634,6 +634,30 @@ def test_statistics_that_a_step_spoils_are_put_back(
     assert not torch.equal(kept[spared], before[spared])
 
 
+def test_a_loss_scale_that_the_discriminators_update_changes_is_that_of_all_terms(
+    processes: Processes, batch: tuple[Tensor, Tensor]
+) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    accelerator = types.SimpleNamespace(
+        scaler=scaler,
+        backward=lambda loss: scaler.scale(loss).backward(),
+        autocast=contextlib.nullcontext,
+    )
+    scaled = dataclasses.replace(processes, accelerator=accelerator, mixed_precision="fp16")
+    goal = objective(processes, pixel={"weight": 1.0}, adversarial={"kind": "bce", "weight": 0.1})
+    found = []
+    for these in (processes, scaled):
+        networks = build(processes)
+        sections = gan.compute_gradients(these, networks, goal, *batch)
+        next(sections)
+        if these is scaled:
+            scaler.update(2.0)  # as where the discriminator's gradient overflows
+        next(sections)
+        found.append(grads(networks.generator))
+    for plain, doubled in zip(*found, strict=True):
+        torch.testing.assert_close(doubled / 2, plain)
+
+
 def test_the_state_of_a_gradient_scaler_is_kept(processes: Processes) -> None:
     """What fp16 has found of its loss scale: 2 ** 10, halved once, and one good step since."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import util
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,37 @@ def test_workers_end_when_nobody_reads_any_more(sharded: Path) -> None:
     assert [each.exitcode for each in workers] == [0, 0, 0]
 
 
+def test_they_do_so_while_children_that_came_later_live(sharded: Path) -> None:
+    first, second = (
+        loading.batches(stream_of(sharded, **LARGE), num_workers=2, pin_memory=False)
+        for _ in range(2)
+    )
+    next(first)
+    workers = multiprocessing.active_children()
+    next(second)
+    time.sleep(0.3)
+    begun = time.monotonic()
+    first.close()
+    assert time.monotonic() - begun < 4
+    assert [each.exitcode for each in workers] == [0, 0]
+    second.close()
+
+
+def test_nothing_is_left_of_loaders_that_have_ended(sharded: Path) -> None:
+    def open_files() -> int:
+        return len(list(Path("/dev/fd").iterdir()))
+
+    before = open_files(), len(util._finalizer_registry)  # type: ignore[attr-defined]
+    for last in (1, 5):
+        list(loading.batches(stream_of(sharded, last=last), num_workers=2, pin_memory=False))
+    batches = loading.batches(stream_of(sharded, **LARGE), num_workers=2, pin_memory=False)
+    next(batches)
+    del batches
+    assert not multiprocessing.active_children()
+    gc.collect()
+    assert (open_files(), len(util._finalizer_registry)) == before  # type: ignore[attr-defined]
+
+
 def test_a_worker_that_does_not_end_is_killed(
     sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,21 +124,36 @@ def test_an_error_in_a_worker_is_shown_and_ends_it(
 def test_what_cannot_be_sent_ends_the_worker(
     sharded: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stream.CropStream, "items", lambda *arguments: iter([lambda: None]))
+    def unfit(*arguments: int) -> object:
+        yield lambda: None
+        time.sleep(5)
+
+    monkeypatch.setattr(stream.CropStream, "items", unfit)
     batches = loading.batches(stream_of(sharded, last=100), num_workers=1, pin_memory=False)
     with pytest.raises(stream.DataError, match="a loader worker ended with status 1"):
         next(batches)
     assert "pickle" in capfd.readouterr().err
 
 
-def test_a_process_that_leaves_its_batches_unread_ends(sharded: Path) -> None:
+@pytest.mark.parametrize("child", [False, True])
+def test_a_process_that_leaves_its_batches_unread_ends(sharded: Path, child: bool) -> None:
+    """Also a child of multiprocessing's, as a notebook's launcher begins them."""
     script = f"""
+import multiprocessing
 from pathlib import Path
 from sr_dist import loading
 from tests.streams import stream_of
-source = stream_of(Path({str(sharded)!r}), last=1000)
-kept = loading.batches(source, num_workers=2, pin_memory=False)
-next(kept)
+kept = []
+def read():
+    source = stream_of(Path({str(sharded)!r}), last=1000)
+    kept.append(loading.batches(source, num_workers=2, pin_memory=False))
+    next(kept[0])
+if {child}:
+    reader = multiprocessing.Process(target=read)
+    reader.start()
+    reader.join()
+else:
+    read()
 """
     subprocess.run([sys.executable, "-c", script], timeout=60, check=True)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 import time
@@ -106,6 +108,21 @@ def test_a_second_signal_stops_at_once(
     done = run(sys.executable, "-c", SIGNALLED, str(step), *signals, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (status, said), done.stderr
     assert ("KeyboardInterrupt" in done.stderr) == (not step)
+
+
+def test_a_signal_whose_exception_was_swallowed_stops_after_the_first_step() -> None:
+    held = watch.Watch(0, 1, None, timeout=5)
+    with held.signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            pass
+        deadline = time.monotonic() + 5
+        while not held.signal:  # which a thread hears
+            assert time.monotonic() < deadline
+        held.begin(1)
+        assert held.due("stop", 1) and held.signal == "SIGTERM"
 
 
 class Kept:
