@@ -27,13 +27,13 @@ from torch import Tensor
 from sr_dist import stream, tensors
 from sr_dist.workers import end_with_parent
 
-_AHEAD = 4  # items that a worker has ready besides those in its pipe
+_AHEAD = 4  # items that a worker has ready besides those on its line
 # What stops a run is sent to all its processes, but the rank decides, and needs its batches.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Packed(NamedTuple):
-    """A `Batch` on its way from a loader worker: plain arrays, which go through its pipe.
+    """A `Batch` on its way from a loader worker: plain arrays, which go by its line.
 
     Tensors would go through shared memory, which costs more for crops than copying them does, and
     is short in many containers.
@@ -86,7 +86,8 @@ def _rows(
     # At the exit of this process too, before multiprocessing waits there for all workers.
     end = util.Finalize(None, functools.partial(_end, workers, lines), exitpriority=10)
     try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)  # until the workers ignore them
+        # Workers that are forked have it so until they ignore them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         try:
             for worker in range(num_workers):
                 line, far_end = multiprocessing.Pipe()
