@@ -171,7 +171,8 @@ def _check_validation(config: Config, reading: storage.Settings) -> evaluate.Che
     if data.channels == 3 and evaluate.is_gray(data.validation, reading):
         raise UserError(
             f"{data.validation} holds gray pictures alone, but data.channels is 3; validate on "
-            "colour pictures, or train with data.channels 1"
+            "colour pictures (without its lists tools/split_dataset.py divides anew, and with "
+            "another --seed otherwise), or train with data.channels 1"
         )
     return evaluate.check(
         data.validation,
