@@ -274,7 +274,7 @@ def compute_gradients(
     if objective.is_adversarial:
         assert networks.discriminator is not None
         scalars = discriminator_gradients(processes, networks, objective, parts, sr)
-        # While those are averaged. The discriminator's update may change fp16's loss scale, which
+        # While ranks average those. The discriminator's update may change fp16's loss scale, which
         # must be one for all terms.
         if sr is not None and processes.mixed_precision != "fp16":
             begun = begin_generator(processes, objective, sr, hr)
@@ -427,9 +427,9 @@ class Begun(NamedTuple):
 def begin_generator(
     processes: Processes, objective: Objective, sr: Tensor, hr: Tensor, parts: int = 1
 ) -> Begun:
-    """The terms that do not ask the discriminator, of one of so many parts of a batch."""
+    """Back-propagate the terms without the discriminator, of one of so many parts of a batch."""
     at_sr = sr.detach().requires_grad_()
-    terms = terms_apart(processes, objective, at_sr, hr)
+    terms = terms_without_discriminator(processes, objective, at_sr, hr)
     if terms:
         processes.backward(torch.stack(list(terms.values())).sum() / parts)
     return Begun(at_sr, {name: term.detach() for name, term in terms.items()})
@@ -443,14 +443,16 @@ def generator_terms(
     hr: Tensor,
 ) -> Scalars:
     """The weighted terms of the generator's loss for its output `sr` and `hr`, float in [0, 1]."""
-    terms = terms_apart(processes, objective, sr, hr)
+    terms = terms_without_discriminator(processes, objective, sr, hr)
     if objective.is_adversarial:
         terms["adversarial"] = adversarial_term(processes, discriminator, objective, sr, hr)
     return terms
 
 
-def terms_apart(processes: Processes, objective: Objective, sr: Tensor, hr: Tensor) -> Scalars:
-    """`generator_terms`, those that do not ask the discriminator."""
+def terms_without_discriminator(
+    processes: Processes, objective: Objective, sr: Tensor, hr: Tensor
+) -> Scalars:
+    """The pixel, content and total variation terms of `generator_terms`."""
     terms: Scalars = {}
     if objective.pixel_weight:
         terms["pixel"] = objective.pixel_weight * losses.pixel_loss(objective.pixel)(sr, hr)
@@ -474,8 +476,10 @@ def adversarial_term(
     sr: Tensor,
     hr: Tensor,
 ) -> Tensor:
-    """`discriminator`: the bare module, not DistributedDataParallel: its parameters get no
-    gradient, so there is nothing to reduce.
+    """The weighted adversarial term of `generator_terms`.
+
+    `discriminator`: the bare module, not DistributedDataParallel: its parameters get no gradient,
+    so there is nothing to reduce.
     """
     assert discriminator is not None
     discriminator.requires_grad_(False)

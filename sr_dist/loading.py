@@ -24,12 +24,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sr_dist import stream, tensors
+from sr_dist import signals, stream, tensors
 from sr_dist.workers import end_with_parent
 
 _AHEAD = 4  # items that a worker has ready besides those on its line
-# What stops a run is sent to all its processes, but the rank decides, and needs its batches.
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Packed(NamedTuple):
@@ -87,7 +85,7 @@ def _rows(
     end = util.Finalize(None, functools.partial(_end, workers, lines), exitpriority=10)
     try:
         # Workers that are forked have it so until they ignore them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPPING)
         try:
             for worker in range(num_workers):
                 line, far_end = multiprocessing.Pipe()
@@ -142,9 +140,10 @@ def _work(
     far_end: Connection,
 ) -> None:
     """The loader worker: makes items until there are no more, or nobody reads them."""
-    for number in _IGNORED:
+    # What stops a run is sent to all its processes, but the rank decides, and needs its batches.
+    for number in signals.STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPPING)
     end_with_parent()
     torch.set_num_threads(1)
     made: queue.Queue[stream.Item | _Packed | None] = queue.Queue(_AHEAD)

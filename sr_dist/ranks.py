@@ -1,4 +1,6 @@
-"""Means over what all ranks hold, which gradients pass through; layers that take some."""
+"""Means over all ranks: of gradients, on their way; of values, which gradients pass through; and
+layers that take some.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +65,11 @@ class Reductions:
 
     @torch.no_grad()
     def finish(self) -> None:
+        """Wait for all that is begun, in its order; on a GPU its stream waits, not this process.
+
+        Raises:
+            RuntimeError: another rank is gone.
+        """
         begun, self._begun = self._begun, []
         for finish in begun:
             finish()

@@ -422,7 +422,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 
 def poison(monkeypatch: pytest.MonkeyPatch, *steps: int, by: float = math.nan) -> None:
     """Add to the pixel loss of some steps; with infinity its gradient stays finite."""
-    real_step, real_terms, begun = gan.training_step, gan.terms_apart, []
+    real_step, real_terms, begun = gan.training_step, gan.terms_without_discriminator, []
 
     def counting(*arguments: Any, **options: Any) -> Any:
         begun.append(1)
@@ -435,7 +435,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int, by: float = math.nan) -
         return terms
 
     monkeypatch.setattr(gan, "training_step", counting)
-    monkeypatch.setattr(gan, "terms_apart", poisoned)
+    monkeypatch.setattr(gan, "terms_without_discriminator", poisoned)
 
 
 def samples_of(recipe: Path, step: int) -> tuple[shards.Index, list[str]]:

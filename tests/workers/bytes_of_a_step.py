@@ -44,13 +44,13 @@ def main(processes: distributed.Processes) -> None:
 
         setattr(dist, name, counted)
 
-    terms_apart = gan.terms_apart
+    terms_without_discriminator = gan.terms_without_discriminator
 
     def meanwhile(*arguments: Any) -> dict[str, torch.Tensor]:
         sent["meanwhile"] = len(processes.reductions._begun)
-        return terms_apart(*arguments)
+        return terms_without_discriminator(*arguments)
 
-    gan.terms_apart = meanwhile
+    gan.terms_without_discriminator = meanwhile
     found: dict[str, Any] = {"world_size": processes.world_size}
     for way, head, parts, weight in (
         ("linear", "linear", 1, 0.1),

@@ -7,7 +7,7 @@ import sys
 from sr_dist import config, gan, train
 from sr_dist.errors import exit_on_user_error
 
-real_step, real_terms, begun = gan.training_step, gan.terms_apart, []
+real_step, real_terms, begun = gan.training_step, gan.terms_without_discriminator, []
 
 
 def counting(*arguments, **options):  # type: ignore[no-untyped-def]
@@ -22,7 +22,7 @@ def poisoned(*arguments, **options):  # type: ignore[no-untyped-def]
     return terms
 
 
-gan.training_step, gan.terms_apart = counting, poisoned
+gan.training_step, gan.terms_without_discriminator = counting, poisoned
 logging.basicConfig(level=logging.ERROR, format="%(message)s")
 with exit_on_user_error():
     train.run(config.load(sys.argv[1], sys.argv[2:]))
